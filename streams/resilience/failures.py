@@ -117,7 +117,7 @@ def _by_name(exc: BaseException) -> FailureClass | None:
 
 def _by_code(exc: BaseException) -> FailureClass | None:
     sqlstate = getattr(exc, "sqlstate", None)
-    if isinstance(sqlstate, str) and len(sqlstate) == 5  # five characters by the SQL standard:
+    if isinstance(sqlstate, str) and len(sqlstate) == 5:
         if sqlstate.startswith(_SQLSTATE_POISON):
             return FailureClass.POISON
         if sqlstate.startswith(_SQLSTATE_RETRY + _SQLSTATE_OPERATOR):
