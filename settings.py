@@ -136,7 +136,7 @@ def _number(low: float, high: float, unit: str, name: str = "number") -> Kind[fl
             raise ValueError(text)
         return value
 
-    return Kind(name, f"a number from {low:g} to {high:g}{' ' + unit if unit else ''}", parse, unit)
+    return Kind(name, f"a number from {low:.10g} to {high:.10g}{' ' + unit if unit else ''}", parse, unit)
 
 
 def _seconds(low: float, high: float) -> Kind[float]:
