@@ -19,7 +19,7 @@ _HEAD = """\
 Made from `settings.py` by `python -m tools.settings_reference`; a test keeps the two the same.
 
 Every setting is an environment variable. An empty one counts as unset. Durations are seconds; sizes are bytes, or a
-number with `KiB`, `MiB` or `GiB`; lists are separated by commas. Everything is checked before anything is connected, and
+number with `KiB`, `MiB` or `GiB`; lists are separated by commas. Everything is checked before anything is connected;
 `faust -A streams check` lists all that is wrong at once (`--connect` also tries every service).
 """
 
