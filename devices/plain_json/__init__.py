@@ -1,0 +1,1 @@
+"""Plain JSON: any object of fields, a reading each."""
