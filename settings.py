@@ -19,6 +19,7 @@ import ipaddress
 import os
 import re
 import ssl
+import zoneinfo
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +260,11 @@ def _stage(text: str) -> str:
 def _stages(text: str) -> tuple[str, ...]:
     chosen = _list(_stage, "").parse(text)
     return tuple(stage for stage in STAGES if stage in chosen or not chosen)
+
+
+def _zone(text: str) -> str:
+    zoneinfo.ZoneInfo(text)  # ZoneInfoNotFoundError is a KeyError
+    return text
 
 
 def _file(text: str) -> Path | None:
@@ -677,7 +683,7 @@ class Settings:
     mail_from: str = _setting(_MAIL, "alerts@localhost", _MAILBOX, "Sender of alarm mails.")
     mail_language: str = _setting(_MAIL, "en", _choice("en", "fr"), "Of alarm mails.")
     mail_time_zone: str = _setting(
-        _MAIL, "UTC", _text(r"[A-Za-z0-9_+/-]{1,64}", "an IANA name like Europe/Paris"), "Of the times in mails."
+        _MAIL, "UTC", Kind("time zone", "an IANA name like Europe/Paris", _zone), "Of the times in mails."
     )
     mail_rate_per_minute: int = _setting(_MAIL, "60", _count(1, 100_000), "Mails in all; the rest goes into a digest.")
     mail_rate_per_recipient_per_minute: int = _setting(_MAIL, "10", _count(1, 100_000), "Mails to one recipient.")
@@ -922,7 +928,12 @@ def _security(settings: Settings) -> Iterator[Problem]:
 _CHECKS: Final[tuple[Callable[[Settings], Iterator[Problem]], ...]] = (_timeouts, _sizes, _security)
 
 
+def environment() -> Mapping[str, str]:
+    """Return the process's environment as it is, for ``faust -A streams check``, which reports on it."""
+    return os.environ
+
+
 @functools.cache
 def load() -> Settings:
     """Read the process's environment, once. Raises SettingsError."""
-    return Settings.from_env(os.environ)
+    return Settings.from_env(environment())

@@ -197,6 +197,8 @@ def test_accepted(env: dict[str, str], attribute: str, value: object) -> None:
         ("MAIL_FROM", "nobody"),
         ("MAIL_FROM", "a@b\r\nBcc: c@d"),
         ("MAIL_LANGUAGE", "de"),
+        ("MAIL_TIME_ZONE", "Europe/Pariss"),
+        ("MAIL_TIME_ZONE", "../etc/passwd"),
         ("DLQ_GUARD", "maybe"),
         ("DLQ_GUARD_SHARE", "0"),
         ("LOG_FORMAT", "xml"),
