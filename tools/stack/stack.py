@@ -124,6 +124,15 @@ class Stack:
         if problems:
             raise StackError("\n".join(problems))
 
+    def cancel(self) -> None:
+        """Make a `start` that runs in another thread give up (StackError); for signal handlers."""
+        self._state.cancelled.set()
+
+    @property
+    def held(self) -> bool:
+        """Whether this stack has its folder."""
+        return self._held
+
     def stop(self, *, discard: bool = False) -> None:
         """Stop every part, side by side, each within its bound; with `discard` kill them and remove the folder."""
         if not self._held:

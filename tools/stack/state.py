@@ -25,6 +25,7 @@ class State:
         self._lock = threading.Lock()
         self._lock_file: int | None = None
         self._data: dict[str, Any] = {}
+        self.cancelled = threading.Event()  # set: whoever waits for a server gives up
 
     def acquire(self) -> None:
         """Take the folder for this process, or raise StackError with the id of the one that has it."""

@@ -1,0 +1,35 @@
+# Each target installs what it needs first; `make install` returns at once when all of it is there.
+.PHONY: help install demo stack test test-faults bench lint
+PYTHON := .venv/bin/python
+
+help:
+	@echo "make demo         the whole pipeline with simulated devices (DEMO_SECONDS=n: end by itself)"
+	@echo "make stack        only Kafka, PostgreSQL, Valkey, an MQTT broker and an SMTP inbox (HEADRACE_STATE: its folder)"
+	@echo "make test         the default test suite"
+	@echo "make test-faults  the suite that kills real processes (FAULTS=short: a few minutes)"
+	@echo "make bench        the benchmarks, written under bench/results/"
+	@echo "make lint         ruff and mypy"
+	@echo "make install      .venv/ with everything that these need"
+
+install:
+	@sh tools/bootstrap.sh
+
+demo: install
+	@$(PYTHON) -m tools.demo
+
+stack: install
+	@$(PYTHON) -m tools.stack $(STACK_ARGS)
+
+test: install
+	@$(PYTHON) -m pytest -m "not faults" $(PYTEST_ARGS)
+
+test-faults: install
+	@$(PYTHON) -m pytest tests/faults -m faults $(PYTEST_ARGS)
+
+bench: install
+	@$(PYTHON) -m bench
+
+lint: install
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m mypy
