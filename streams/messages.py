@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from devices.alarms.model import AlarmRule, Alert, Level, Repeat
 from devices.model import Reading, Value
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Command",
     "CommandStatus",
     "Device",
+    "Level",
     "RawMessage",
     "Reading",
     "Repeat",
@@ -29,7 +31,6 @@ __all__ = [
     "encode",
 ]
 
-Level = Literal["CRITICAL", "WARNING", "INFO"]
 CommandState = Literal["QUEUED", "SENT", "DELIVERED", "SUCCESSFUL", "FAILED", "EXPIRED", "TIMEOUT"]
 TERMINAL_STATES = frozenset({"SUCCESSFUL", "FAILED", "EXPIRED", "TIMEOUT"})
 
@@ -48,37 +49,6 @@ class RawMessage(msgspec.Struct, kw_only=True, gc=False):
     metadata: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Repeat(msgspec.Struct, kw_only=True):
-    """Fire only when the condition was met ``count`` times within ``within_seconds``."""
-
-    count: int
-    within_seconds: float
-
-
-class AlarmRule(msgspec.Struct, kw_only=True):
-    """One rule; what it names is one of ``device_id``, ``profile`` or ``tag``."""
-
-    id: str
-    name: str = ""
-    active: bool = True
-    device_id: str | None = None
-    profile: str | None = None
-    tag: str | None = None
-    index: str | None = None
-    label: str | None = None
-    alarm_type: Literal["Measure", "Status"] = "Measure"
-    math_operator: str = ">"
-    threshold: Any = None
-    clear_threshold: Any = None
-    duration_seconds: float | None = None
-    repeat: Repeat | None = None
-    no_data_seconds: float | None = None
-    level: Level = "WARNING"
-    message: str = ""
-    recipients: list[str] = msgspec.field(default_factory=list)
-    options: dict[str, Any] = msgspec.field(default_factory=dict)
-
-
 class Device(msgspec.Struct, kw_only=True):
     """A registered device; ``config`` overrides its profile."""
 
@@ -88,30 +58,6 @@ class Device(msgspec.Struct, kw_only=True):
     tags: list[str] = msgspec.field(default_factory=list)
     active: bool = True
     config: dict[str, Any] = msgspec.field(default_factory=dict)
-
-
-class Alert(msgspec.Struct, kw_only=True):
-    """One transition in the life of an alarm; ``recipients`` is a comma list."""
-
-    id: str
-    alarm_id: str
-    name: str
-    message: str
-    level: Level
-    alarm_type: Literal["Measure", "Status"]
-    device_id: str
-    sensor_name: str
-    field_name: str
-    error_value: Any
-    threshold: Any
-    math_operator: str
-    start_date: datetime
-    end_date: datetime | None
-    is_resolved: bool
-    recipients: str
-    request_id: str
-    timestamp: datetime
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class AlertAction(msgspec.Struct, kw_only=True):
