@@ -151,7 +151,7 @@ def validate(readings: Sequence[Reading], profile: Profile, received_at: datetim
                 value=reading.values[position],
                 reason=reason,
             )
-            for position, reason in bad.items()
+            for position, reason in sorted(bad.items())
         )
         if len(bad) < len(reading.values):
             kept.append(_shrink(reading, bad))

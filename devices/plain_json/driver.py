@@ -9,21 +9,25 @@ fields give, an object that holds no value, and whatever is not such JSON is a D
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from devices import jsontext
 from devices.driver import Driver
 from devices.model import DecodeError, Reading, Uplink, Value
 from devices.profiles import Profile
 
-TIME_FIELDS = ("timestamp", "ts")
+TIME_FIELDS: Final = ("timestamp", "ts")
+# Deeper than anything that a person would name by its path; a path of 200 characters is the end anyway.
+MAX_DEPTH: Final = 32
 
 
-def _flatten(fields: dict[str, Any], prefix: str, out: dict[str, Value]) -> None:
+def _flatten(fields: dict[str, Any], prefix: str, out: dict[str, Value], depth: int = 1) -> None:
+    if depth > MAX_DEPTH:
+        raise DecodeError(f"the objects are nested more than {MAX_DEPTH} deep")
     for name, value in fields.items():
         kind = type(value)
         if kind is dict:
-            _flatten(value, f"{prefix}{name}.", out)
+            _flatten(value, f"{prefix}{name}.", out, depth + 1)
             continue
         if kind is float or kind is bool or kind is str:
             pass
@@ -79,10 +83,7 @@ class PlainJsonDriver(Driver):
         if any(name in data for name in TIME_FIELDS) or named in data:
             fields = {name: value for name, value in data.items() if name not in TIME_FIELDS and name != named}
         values: dict[str, Value] = {}
-        try:
-            _flatten(fields, "", values)
-        except RecursionError:
-            raise DecodeError("the payload's JSON is nested too deeply") from None
+        _flatten(fields, "", values)
         for path, value in values.items():
             shape = profile.shape(path, (path,))
             out.append(
