@@ -1,0 +1,1 @@
+"""The edges of Headrace: the connectors that speak to devices, as plain asyncio classes that know no Faust."""

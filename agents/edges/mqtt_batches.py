@@ -1,0 +1,174 @@
+"""What came over one connection, on its way to Kafka and back as acknowledgements.
+
+Guarantees: a batch is acknowledged once, in order of arrival among batches, and only on the connection on which it
+came; what is in hand is counted in messages and bytes, and reading stops above the bounds (see ``mqtt_client``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from agents.edges.mqtt_connection import Connection
+from agents.edges.mqtt_wire import AckQueue, Arrival
+
+log = logging.getLogger(__name__)
+
+_QOS0_IN_HAND: Final = 10_000
+
+
+class SourceEvent(enum.Enum):
+    """What ``on_event`` is called with, beside a count."""
+
+    RECEIVED = "received"
+    """Messages from the broker, redelivered ones included."""
+    REDELIVERED = "redelivered"
+    """Of these, what the broker had sent before (DUP)."""
+    RETAINED = "retained"
+    """Of these, what was stored at the broker before we subscribed."""
+    OVERSIZE = "oversize"
+    """Of these, what is above ``max_message_bytes``."""
+    ACKNOWLEDGED = "acknowledged"
+    """Messages of QoS 1 and 2 whose acknowledgement went out."""
+    STALE = "stale"
+    """Messages whose connection had gone when they were to be acknowledged; the broker delivers them again."""
+    DROPPED_QOS0 = "dropped_qos0"
+    """Messages of QoS 0 dropped because 10,000 of them were in hand."""
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+    CONNECT_FAILED = "connect_failed"
+    TAKEN_OVER = "taken_over"
+    """Another client connected with our client id."""
+    SESSION_LOST = "session_lost"
+    """The broker had kept no session where we had had one: what it held for us is gone."""
+
+
+Count = Callable[[SourceEvent, int], None]
+
+
+class Batch:
+    """Messages that arrived together, in order.
+
+    Call exactly one of :meth:`acknowledge` and :meth:`release`, from the event loop; later calls do nothing.
+    """
+
+    __slots__ = ("_done", "_session", "_unacked", "messages", "size_bytes")
+
+    def __init__(self, session: Session, messages: list[Arrival]) -> None:
+        self.messages = messages
+        self.size_bytes = sum(len(message.payload) for message in messages)
+        self._session = session
+        self._unacked = session.acks.add([(message.mid, message.qos) for message in messages if message.qos])
+        self._done = False
+
+    @property
+    def stale(self) -> bool:
+        """Tell whether the connection is gone, so that the broker delivers these messages again."""
+        return not self._session.connection.is_open
+
+    def acknowledge(self) -> None:
+        """Tell that every message of this batch is in Kafka. The broker hears it once all earlier batches are, too."""
+        if not self._done:
+            self._done = True
+            self._session.complete(self)
+
+    def release(self) -> None:
+        """Give the batch back: the connection is closed, and the broker delivers all that is unacknowledged again."""
+        if not self._done:
+            self._done = True
+            self._session.give_back(self)
+
+
+class Session:
+    """One connection's worth of messages: what has come, what is handed over, what is acknowledged."""
+
+    def __init__(self, *, inflight: int, buffer_bytes: int, count: Count) -> None:
+        self.acks = AckQueue()
+        self.connection: Connection
+        self.waiting: deque[Arrival] = deque()
+        self.arrived = asyncio.Event()
+        self.in_hand = 0
+        self.in_hand_bytes = 0
+        self._qos0 = 0
+        self.draining = False
+        self.paused = False
+        self._inflight = inflight
+        self._buffer_bytes = buffer_bytes
+        self._count = count
+
+    def on_arrivals(self, arrivals: list[Arrival]) -> None:
+        """Take what one read brought."""
+        dropped = 0
+        for arrival in arrivals:
+            if not arrival.qos:
+                if self._qos0 >= _QOS0_IN_HAND:
+                    dropped += 1
+                    continue
+                self._qos0 += 1
+            else:
+                self.in_hand += 1
+            self.in_hand_bytes += len(arrival.payload)
+            self.waiting.append(arrival)
+        self._count(SourceEvent.RECEIVED, len(arrivals))
+        for event, count in (
+            (SourceEvent.REDELIVERED, sum(arrival.dup for arrival in arrivals)),
+            (SourceEvent.RETAINED, sum(arrival.retain for arrival in arrivals)),
+            (SourceEvent.OVERSIZE, sum(arrival.oversize for arrival in arrivals)),
+            (SourceEvent.DROPPED_QOS0, dropped),
+        ):
+            if count:
+                self._count(event, count)
+        self._pace()
+        self.arrived.set()
+
+    def take(self, most: int) -> Batch:
+        """Make a batch of what waits, up to ``most`` messages."""
+        if len(self.waiting) <= most:
+            messages = list(self.waiting)
+            self.waiting.clear()
+        else:
+            messages = [self.waiting.popleft() for _ in range(most)]
+        return Batch(self, messages)
+
+    def complete(self, batch: Batch) -> None:
+        due = self.acks.complete(batch._unacked)
+        self._let_go(batch)
+        if not self.connection.is_open:
+            self._count(SourceEvent.STALE, len(batch.messages))
+            return
+        self.connection.acknowledge(due)
+        if due:
+            self._count(SourceEvent.ACKNOWLEDGED, len(due))
+        self._pace()
+
+    def give_back(self, batch: Batch) -> None:
+        self._let_go(batch)
+        if self.connection.is_open:
+            log.warning("MQTT: a batch of %d messages was given back, reconnecting", len(batch.messages))
+            self.connection.abort()
+
+    def _let_go(self, batch: Batch) -> None:
+        acked = len(batch._unacked.acks)
+        self.in_hand -= acked
+        self._qos0 -= len(batch.messages) - acked
+        self.in_hand_bytes -= batch.size_bytes
+
+    def _pace(self) -> None:
+        # An MQTT 5 broker never sends more than the receive maximum, so that the count stops 3.1.1 only.
+        full = self.in_hand > self._inflight or self.in_hand_bytes > self._buffer_bytes or self.draining
+        if full != self.paused:
+            self.paused = full
+            if full:
+                self.connection.pause()
+            else:
+                self.connection.resume()
+
+    def drain(self) -> None:
+        """Stop reading for good and forget what nobody has been given; the broker has it."""
+        self.draining = True
+        self.waiting.clear()
+        self._pace()

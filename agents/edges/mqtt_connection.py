@@ -1,0 +1,391 @@
+# ruff: noqa: ARG002 -- the signatures of callbacks are paho's
+"""One connection to an MQTT broker: aiomqtt over the receive path of ``mqtt_paho``.
+
+Guarantees: nothing is acknowledged but through :meth:`Connection.acknowledge`; what arrives between CONNACK and SUBACK
+is delivered like all else; reading can stop without losing the keep-alive; a connection that could not be opened is
+closed, never left behind holding the session (aiomqtt leaves the socket open when CONNACK does not come in time).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import aiomqtt
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from agents.edges.mqtt_paho import Arrivals, PahoClient
+from agents.edges.mqtt_wire import BrokerUrl, PacketReader, ack_bytes
+from streams.resilience.failures import Rejected, Retryable
+
+# Reason codes of MQTT 5 (2.4)
+NO_MATCHING_SUBSCRIBERS: Final = 0x10
+_UNSUPPORTED_PROTOCOL: Final = 0x84
+_REFUSED: Final = frozenset({0x85, 0x86, 0x87, 0x8A, 0x8C})  # identifier, credentials, authorization, banned
+SESSION_TAKEN_OVER: Final = 0x8E
+# what trying again with the same publication cannot cure: not authorized, topic name, packet too large, payload format
+_PUBLISH_REJECTED: Final = frozenset({0x87, 0x90, 0x95, 0x99})
+
+
+class ConnectError(aiomqtt.MqttError):
+    """The broker could not be reached or did not accept us."""
+
+
+class UnsupportedProtocol(ConnectError):
+    """The broker does not speak this version of MQTT, or hung up at the sight of it (``certain`` tells which)."""
+
+    def __init__(self, message: str, *, certain: bool) -> None:
+        super().__init__(message)
+        self.certain = certain
+
+
+class Refused(ConnectError):
+    """The broker knows us and says no: client id, credentials or rights."""
+
+
+class Connection(aiomqtt.Client):
+    """One connection, used once.
+
+    ``persistent``: keep the session at the broker (``session_expiry_seconds``; for ever over MQTT 3.1.1) and go on with
+    it. ``receive_maximum``: the most messages of QoS 1 and 2 that an MQTT 5 broker sends without an acknowledgement.
+    ``on_arrivals`` is called in the event loop with what one read brought and must neither block nor raise.
+    """
+
+    _client: PahoClient
+
+    def __init__(
+        self,
+        url: BrokerUrl,
+        *,
+        client_id: str,
+        mqtt5: bool,
+        on_arrivals: Arrivals,
+        max_message_bytes: int,
+        persistent: bool,
+        session_expiry_seconds: int = 0,
+        receive_maximum: int = 65535,
+        keepalive_seconds: int = 30,
+        timeout_seconds: float = 10.0,
+        will: aiomqtt.Will | None = None,
+        tls_context: ssl.SSLContext | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        properties = None
+        if mqtt5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.ReceiveMaximum = receive_maximum
+            if persistent:
+                properties.SessionExpiryInterval = session_expiry_seconds
+        common: dict[str, Any] = {
+            "protocol": aiomqtt.ProtocolVersion.V5 if mqtt5 else aiomqtt.ProtocolVersion.V311,
+            "clean_session": None if mqtt5 else not persistent,
+        }
+        super().__init__(
+            url.host,
+            url.port,
+            identifier=client_id,
+            keepalive=keepalive_seconds,
+            timeout=timeout_seconds,
+            clean_start=not persistent,
+            properties=properties,
+            # acknowledgements are small writes; Nagle's algorithm would hold them back for 40 ms
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+            **common,
+        )
+        self.mqtt5 = mqtt5
+        self.session_present = False
+        self.server: dict[str, Any] = {}
+        """What the broker granted in its CONNACK (MQTT 5), by property name."""
+        self.taken_over = False
+        self._thread = threading.get_ident()
+        self._abandoned = False
+        self._paused = False
+        self._socket_fd = -1
+        self._answers: dict[int, asyncio.Future[int]] = {}
+        self._client = self._make_paho(client_id, common, url, will, tls_context)
+        self._client.reader = PacketReader(mqtt5=mqtt5, max_message_bytes=max_message_bytes)
+        self._client.on_arrivals = on_arrivals
+        self._client.clock = clock
+
+    def _make_paho(
+        self,
+        client_id: str,
+        common: dict[str, Any],
+        url: BrokerUrl,
+        will: aiomqtt.Will | None,
+        tls_context: ssl.SSLContext | None,
+    ) -> PahoClient:
+        """Put our own paho client in the place of the one that aiomqtt made, set up as aiomqtt sets it up."""
+        client = PahoClient(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=common["protocol"].value,
+            clean_session=common["clean_session"],
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
+        client.on_socket_open = self._on_socket_open
+        client.on_socket_close = self._on_socket_close
+        client.on_socket_register_write = self._on_socket_register_write
+        client.on_socket_unregister_write = self._on_socket_unregister_write
+        if url.username is not None:
+            client.username_pw_set(url.username, url.password)
+        if tls_context is not None:
+            client.tls_set_context(tls_context)
+        if will is not None:
+            client.will_set(will.topic, will.payload, will.qos, will.retain, will.properties)
+        return client
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect and wait for CONNACK.
+
+        Raises :class:`UnsupportedProtocol`, :class:`Refused` or :class:`ConnectError`.
+        """
+        try:
+            await self.__aenter__()
+        except aiomqtt.MqttCodeError as exc:
+            self._drop()
+            code = exc.rc.value if isinstance(exc.rc, ReasonCode) else -1
+            message = f"broker {self._hostname}:{self._port} refused the connection: {exc}"
+            if code == _UNSUPPORTED_PROTOCOL:
+                raise UnsupportedProtocol(message, certain=True) from None
+            if code in _REFUSED:
+                raise Refused(message) from None
+            raise ConnectError(message) from None
+        except (aiomqtt.MqttError, OSError, ValueError) as exc:
+            self._drop()
+            if isinstance(exc, ConnectError):
+                raise
+            raise ConnectError(f"broker {self._hostname}:{self._port} cannot be reached: {exc}") from None
+        except BaseException:
+            self._drop()
+            raise
+
+    async def close(self) -> None:
+        """Send what is queued and DISCONNECT, then close; the session stays. Never raises but CancelledError."""
+        try:
+            if self.is_open:
+                self._client.disconnect()
+                with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(self._disconnected), 2.0)
+        finally:
+            self._drop()
+
+    def abort(self) -> None:
+        """Close the socket at once; the broker sends the will and keeps what is unacknowledged."""
+        self._drop()
+
+    def _drop(self) -> None:
+        self._abandoned = True
+        if self._misc_task is not None:
+            self._misc_task.cancel()
+        self._client.drop()
+        if not self._disconnected.done():
+            self._disconnected.set_result(None)
+        for future in (self._connected, self._disconnected):
+            if future.done() and not future.cancelled():
+                future.exception()  # seen; asyncio need not report it
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(Retryable("MQTT: connection closed before the broker acknowledged"))
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether the broker has accepted us and has not gone since."""
+        return (
+            self._connected.done()
+            and not self._connected.cancelled()
+            and self._connected.exception() is None
+            and not self._disconnected.done()
+        )
+
+    async def wait_lost(self) -> str:
+        """Wait until the connection is gone and return why."""
+        await asyncio.wait((self._disconnected,))
+        exc = self._disconnected.exception() if not self._disconnected.cancelled() else None
+        return str(exc) if exc is not None else "closed"
+
+    # --- work ---------------------------------------------------------------------------------------------------------
+
+    async def subscribe_all(self, filters: Sequence[str], *, qos: int) -> list[str]:
+        """Subscribe to ``filters`` and return those that the broker refused.
+
+        Over MQTT 5 retained messages come only for a subscription that is new to the session (retain handling 1).
+        """
+        topics: Any
+        if self.mqtt5:
+            topics = [(item, SubscribeOptions(qos=qos, retainHandling=1)) for item in filters]
+        else:
+            topics = [(item, qos) for item in filters]
+        codes: Any = await self.subscribe(topics)
+        return [
+            item
+            for item, code in zip(filters, codes, strict=True)
+            if (code if isinstance(code, int) else code.value) >= 0x80
+        ]
+
+    def acknowledge(self, acks: Sequence[tuple[int, int]]) -> None:
+        """Acknowledge ``(mid, qos)`` in this order; nothing happens once the connection is gone."""
+        if acks and self.is_open:
+            self._client.queue_acks(ack_bytes(acks))
+
+    async def send(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> int:
+        """Publish and wait for the broker's acknowledgement; return its reason code (0, or NO_MATCHING_SUBSCRIBERS).
+
+        Raises Rejected for what no retry cures, Retryable for the rest.
+        """
+        if not self.is_open:
+            raise Retryable(f"MQTT: no connection to {self._hostname}:{self._port} to publish on {topic!r}")
+        try:
+            info = self._client.publish(topic, payload, qos, retain)
+        except ValueError as exc:
+            raise Rejected(f"MQTT: cannot publish {len(payload)} bytes on {topic!r}: {exc}") from None
+        if info.rc not in {paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_QUEUE_SIZE}:
+            raise Retryable(f"MQTT: cannot publish on {topic!r}: {paho.error_string(info.rc)}")
+        if info.is_published():
+            return 0
+        answer = self._answers[info.mid] = self._loop.create_future()
+        try:
+            code = await asyncio.wait_for(answer, self.timeout)
+        except TimeoutError:
+            raise Retryable(f"MQTT: no acknowledgement of {topic!r} within {self.timeout:g} s") from None
+        finally:
+            del self._answers[info.mid]
+        if code in _PUBLISH_REJECTED:
+            raise Rejected(f"MQTT: the broker refused the message on {topic!r} with reason {code:#04x}")
+        if code >= 0x80:
+            raise Retryable(f"MQTT: the broker did not take the message on {topic!r}, reason {code:#04x}")
+        return int(code)
+
+    def pause(self) -> None:
+        """Stop reading. Pings go on, so that the broker does not take us for dead."""
+        if not self._paused:
+            self._paused = True
+            if self._socket_fd >= 0:
+                self._loop.remove_reader(self._socket_fd)
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._paused:
+            self._paused = False
+            if self._socket_fd >= 0:
+                self._loop.add_reader(self._socket_fd, self._readable)
+                self._loop.call_soon(self._readable)  # TLS may hold bytes that no selector sees
+
+    # --- callbacks of paho --------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        if self._abandoned or self._paused:
+            return
+        try:
+            self._client.loop_read()
+            sock = self._client.socket()
+            if isinstance(sock, ssl.SSLSocket) and sock.pending():
+                self._loop.call_soon(self._readable)
+        except Exception as exc:
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        error = ConnectError(f"MQTT connection failed: {exc!r}")
+        for future in (self._connected, self._disconnected):
+            if not future.done():
+                future.set_exception(error)
+                break
+        self._client.drop()
+
+    def _on_connect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
+        self.session_present = flags.session_present
+        if properties is not None:
+            self.server = properties.json()
+        if self._connected.done():
+            return
+        super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    def _on_disconnect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
+        self.taken_over = getattr(reason_code, "value", 0) == SESSION_TAKEN_OVER
+        if not self._connected.done():
+            # aiomqtt would wait for its timeout here
+            where = f"broker {self._hostname}:{self._port}"
+            self._connected.set_exception(
+                UnsupportedProtocol(
+                    f"{where} closed the connection in place of a CONNACK ({reason_code})", certain=False
+                )
+            )
+            return
+        super()._on_disconnect(client, userdata, flags, reason_code, properties)
+
+    def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any = None) -> None:
+        answer = self._answers.get(mid)
+        if answer is not None and not answer.done():
+            answer.set_result(getattr(reason_code, "value", 0))
+
+    def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
+        # paho calls this from the thread in which it connects
+        self._loop.call_soon_threadsafe(self._opened, sock)
+
+    def _opened(self, sock: Any) -> None:
+        if self._abandoned:
+            self._client.drop()
+            sock.close()
+            return
+        self._socket_fd = sock.fileno()
+        if self._socket_fd >= 0:
+            self._loop.add_reader(self._socket_fd, self._readable)
+            self._misc_task = self._loop.create_task(self._misc_loop())
+
+    def _on_socket_close(self, client: Any, userdata: Any, sock: Any) -> None:
+        if self._socket_fd >= 0:
+            self._loop.remove_reader(self._socket_fd)
+            self._loop.remove_writer(self._socket_fd)
+            self._socket_fd = -1
+        if self._misc_task is not None:
+            self._misc_task.cancel()
+
+    def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._register_writer(sock)
+        else:
+            self._loop.call_soon_threadsafe(self._register_writer, sock)
+
+    def _register_writer(self, sock: Any) -> None:
+        if not self._abandoned and sock.fileno() >= 0:
+            self._loop.add_writer(sock.fileno(), self._writable)
+
+    def _on_socket_unregister_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        if sock.fileno() >= 0:
+            self._loop.remove_writer(sock.fileno())
+
+    def _writable(self) -> None:
+        try:
+            self._client.loop_write()
+        except Exception as exc:
+            self._fail(exc)
+
+    async def _misc_loop(self) -> None:
+        """Keep alive. While reading is stopped no answer can be seen, so none is waited for."""
+        last_ping = self._loop.time()
+        while True:
+            if not self._paused:
+                if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
+                    return
+            elif self._loop.time() - last_ping >= self._keepalive / 3:
+                last_ping = self._loop.time()
+                self._client.ping()
+            await asyncio.sleep(1)
