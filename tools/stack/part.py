@@ -24,6 +24,7 @@ from tools.stack.state import State
 ROOT = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.05
 _STARTS = 4
+_PORT_PATIENCE_SECONDS = 1.0
 
 
 class NotReadyError(Exception):
@@ -133,7 +134,7 @@ class Part(abc.ABC):
                 raise StackError(f"{self.title} was told to stop while it started")
             if not self.alive:
                 code = self._child.poll() if self._child else None
-                raise StackError(f"{self.title} ended while it started (exit code {code}).{self._advice()}")
+                raise StackError(f"{self.title} ended while it started (exit code {code}).{self.advice()}")
             try:
                 self._probe_ours()
                 self.first_answer()
@@ -143,7 +144,7 @@ class Part(abc.ABC):
                 if time.monotonic() > deadline:
                     raise StackError(
                         f"{self.title} did not answer on {self.address()} within "
-                        f"{timeout_seconds or self.ready_seconds:.0f} s (last: {reason!r}).{self._advice()}"
+                        f"{timeout_seconds or self.ready_seconds:.0f} s (last: {reason!r}).{self.advice()}"
                     ) from reason
                 time.sleep(_POLL_SECONDS)
             else:
@@ -186,8 +187,15 @@ class Part(abc.ABC):
         for name in self.port_names:
             key = f"{self.name}.{name}"
             remembered = self.state.get("ports", key)
-            if remembered is None or not keep or not ports.is_free(remembered):
+            if remembered is None or not keep or not self._is_free_soon(remembered):
                 self.state.put("ports", key, ports.choose(self.state.ports(), self._rng))
+
+    def _is_free_soon(self, port: int) -> bool:
+        # Clients of a part that runs again in the same stack know its port: a moment's patience before it gets another.
+        deadline = time.monotonic() + (_PORT_PATIENCE_SECONDS if self._child is not None else 0)
+        while not (free := ports.is_free(port)) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return free
 
     def _record(self, process: ProcessId) -> None:
         self._process = process
@@ -200,7 +208,8 @@ class Part(abc.ABC):
             self._process = None
             self.state.put("processes", self.name, None)
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
+        """Return where to look and what to set instead, for the end of an error message."""
         return (
             f" Its log: {self.log}{last_words(self.log)}\n"
             f"  To use a server of your own instead, set {self.variable} to it and run\n"

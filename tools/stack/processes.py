@@ -9,6 +9,7 @@ belongs to somebody else.
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -30,7 +31,9 @@ class ProcessId(NamedTuple):
 
 
 def start_mark(pid: int) -> str | None:
-    """Return when the process started, or None when it is gone or a zombie.
+    """Return when the process started, or None when it is gone, or a zombie whose last thread has ended.
+
+    A process of many threads is shown as a zombie while some of them still hold its ports.
 
     On Linux this is the boot's id and the ticks since boot (/proc/PID/stat, field 22), which a step of the clock does
     not change; elsewhere psutil's creation time.
@@ -44,7 +47,14 @@ def start_mark(pid: int) -> str | None:
             return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
         except psutil.Error:
             return None
-    return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+    if fields[0] in "ZX":
+        try:
+            ended = len(os.listdir(f"/proc/{pid}/task")) <= 1
+        except OSError:
+            ended = True
+        if ended:
+            return None
+    return f"{boot}:{fields[19]}"
 
 
 def is_running(process: ProcessId) -> bool:

@@ -14,7 +14,7 @@ import redis
 
 from tools.stack import machine
 from tools.stack.errors import StackError
-from tools.stack.part import NotReadyError, Part, last_words
+from tools.stack.part import NotReadyError, Part
 
 # The role `headrace` owns its database, may create others, and is no superuser; it needs no password on loopback.
 # Nobody else gets in: a superuser could run programs as whoever started the stack.
@@ -95,10 +95,7 @@ class PostgreSQL(Part):
             command = [*_as_nobody(), _postgresql_programs() / program, *arguments]
             done = subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, check=False)
         if done.returncode:
-            raise StackError(
-                f"PostgreSQL's {program} failed in {self.data}: {last_words(self.log)}\n"
-                f"  To use a database of your own instead, set DATABASE_URL."
-            )
+            raise StackError(f"PostgreSQL's {program} failed in {self.data}.{self.advice()}")
 
     async def _connect(self) -> asyncpg.Connection:
         return await asyncpg.connect(

@@ -17,7 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from tools.stack import machine
 from tools.stack.errors import StackError
-from tools.stack.part import NotReadyError, Part, last_words
+from tools.stack.part import NotReadyError, Part
 
 VERSION = "4.1.1"
 _HERE = Path(__file__).parent
@@ -84,8 +84,8 @@ class Kafka(Part):
         )
         if done.returncode:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            self.log.write_text(done.stdout + done.stderr)
-            raise StackError(f"Kafka's storage could not be formatted in {logs}: {last_words(self.log)}")
+            self.log.open("a").write(done.stdout + done.stderr)
+            raise StackError(f"Kafka's storage could not be formatted in {logs}.{self.advice()}")
         self.state.put("identities", "kafka", cluster)
 
     def command(self) -> Sequence[str | Path]:
