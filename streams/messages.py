@@ -16,9 +16,9 @@ from devices.alarms.model import AlarmRule, Alert, Level, Repeat
 from devices.model import Reading, Value
 
 __all__ = [
+    "AlarmRule",
     "Alert",
     "AlertAction",
-    "AlarmRule",
     "Command",
     "CommandStatus",
     "Device",

@@ -1,0 +1,151 @@
+"""The host app: what ``faust -A streams worker`` loads, whatever stages it is to run.
+
+Guarantees: the web server answers from the start, before Kafka does; each stage that ``STAGES`` names runs as an app of
+its own (group ``{APP_ID}-{stage}``) inside this worker; agents that a user adds to ``streams.app`` run in the host's own
+group ``{APP_ID}``, with the same promise. An agent module that cannot be imported is an error, not a warning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from typing import Any
+
+from faust.app.base import BootStrategy
+from mode import Service
+
+import settings as configuration
+from streams import metrics, topics
+from streams.events import EVENTS
+from streams.provision import check_table_partitions, provision
+from streams.resilience.failures import Fatal
+from streams.stage import REGISTERED, Stage, StageApp, faust_options, resilience_options
+
+SETTINGS = configuration.load()
+
+
+class HostBoot(BootStrategy):
+    """Starts web and stages first; the host's own consumer only where somebody added an agent to it."""
+
+    def server(self) -> Iterable[Any]:
+        """Return the services of a worker that has agents of its own."""
+        return self._chain(
+            self.sensors(),
+            self.web_server(),
+            [self.app.pipeline],
+            self.kafka_producer(),
+            self.kafka_consumer(),
+            self.agents(),
+            self.kafka_conductor(),
+            self.tables(),
+        )
+
+    def producer_only(self) -> Iterable[Any]:
+        """Return the services of a worker that runs stages alone; its producer starts when somebody sends."""
+        return self._chain(self.sensors(), self.web_server(), [self.app.pipeline])
+
+
+class Pipeline(Service):
+    """Prepares the topics and runs the stages."""
+
+    def __init__(self, host: HostApp, **kwargs: Any) -> None:
+        self.host = host
+        self.problem: str | None = "starting"
+        super().__init__(**kwargs)
+
+    async def on_start(self) -> None:
+        """Start the stages in the background: the web server tells meanwhile how far it is."""
+        self.add_future(self._run())
+
+    async def _run(self) -> None:
+        try:
+            self.problem = "waiting for Kafka"
+            await provision(SETTINGS, topics.ALL, sleep=self.sleep, stop=lambda: self.should_stop)
+            if self.should_stop:
+                return
+            stages = self.host.stages()
+            await check_table_partitions(SETTINGS, [pair for stage in stages for pair in table_pairs(stage)])
+            self.problem = None
+            for stage in stages:
+                stage.app.finalize()
+            await asyncio.gather(*(self.add_runtime_dependency(stage.app) for stage in stages))
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            self.problem = f"{type(exc).__name__}: {exc}"
+            if not isinstance(exc, Fatal):
+                self.log.exception("The stages cannot be started: %r", exc)
+            else:
+                self.log.error("The stages cannot be started: %s", exc)
+            await self.crash(exc)
+
+    @Service.task
+    async def _look(self) -> None:
+        from streams.web import watch
+
+        await watch(self)
+
+
+def table_pairs(stage: Stage) -> list[tuple[str, str]]:
+    """Return each topic that a stage consumes with each changelog of its tables that follows it."""
+    changelogs = sorted(stage.app.tables.changelog_topics)
+    sources = [declaration.name for declaration in stage.consumes if not declaration.compacted]
+    return [(source, changelog) for source in sources for changelog in changelogs]
+
+
+class HostApp(StageApp):
+    """The app ``streams.app``."""
+
+    BootStrategy = HostBoot
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pipeline = Pipeline(self, beacon=self.beacon)
+        self._loaded = False
+
+    def on_init_dependencies(self) -> Iterable[Any]:
+        """Return what a worker of the chosen stages has to start."""
+        self.load()
+        self.producer_only = not self.agents and not self.tables
+        return super().on_init_dependencies()
+
+    def load(self) -> None:
+        """Import every module of ``agents`` and ``tables``; what cannot be imported is raised."""
+        if self._loaded:
+            return
+        self._loaded = True
+        for package in ("agents", "tables"):
+            module = importlib.import_module(package)
+            for found in sorted(info.name for info in pkgutil.iter_modules(module.__path__)):
+                importlib.import_module(f"{package}.{found}")
+
+    def discover(self, *extra_modules: str, **_: Any) -> None:
+        """Load agents and tables, errors included; Faust's own scan only warns of them."""
+        self.load()
+        for name in extra_modules:
+            importlib.import_module(name)
+
+    def stages(self) -> list[Stage]:
+        """Return the stages that ``STAGES`` names, in the order of the contract."""
+        self.load()
+        return [REGISTERED[name] for name in configuration.STAGES if name in SETTINGS.stages and name in REGISTERED]
+
+    def apps(self) -> list[Any]:
+        """Return the apps of this worker whose accounts count: those of its stages, and the host's if it has agents."""
+        apps: list[Any] = [stage.app for stage in self.stages()]
+        if self.agents:
+            apps.append(self)
+        return apps
+
+
+app = HostApp(
+    SETTINGS.app_id,
+    resilience=resilience_options(SETTINGS, "host"),
+    listener=EVENTS,
+    **{**faust_options(SETTINGS, "host"), "web_enabled": True},
+)
+metrics.REGISTRY.register(metrics.StageCollector(app.apps))
+
+import streams.web  # noqa: E402, F401  (adds the pages to ``app``)

@@ -1,0 +1,179 @@
+"""The Faust app under Headrace's resilience layer.
+
+Guarantee: every agent of such an app, whether it takes chunks or one event at a time, gets the promise of
+:mod:`streams.resilience.streams`; the end of the worker and a revocation wait a bounded time for what is in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from typing import Any
+
+import faust
+from aiokafka.errors import MessageSizeTooLargeError
+from faust.types import TP
+
+from streams.resilience.accounts import Accounts
+from streams.resilience.chunks import Decode
+from streams.resilience.deadletter import Failure, header
+from streams.resilience.failures import Fatal, FailureClass, classify
+from streams.resilience.options import ResilienceOptions
+from streams.resilience.producer import Outgoing, Producer
+from streams.resilience.streams import Agent, Event, Stream, Topic, truncate_letter
+from streams.resilience.transport import Consumer, Transport
+
+#: Large enough never to be reached: what is in flight is bounded in bytes by the transport.
+BUFFER_EVENTS = 1 << 20
+
+
+class Listener:
+    """Told of what happens to messages; each method may log and count, and must not raise or block."""
+
+    def retry(self, app: App, exc: BaseException, kind: FailureClass, delay_seconds: float) -> None:
+        """A handler failed and is called again after ``delay_seconds``."""
+
+    def dead_letter(self, app: App, record: Any, failure: Failure) -> None:
+        """``record`` becomes a dead letter."""
+
+    def drop(self, app: App, record: Any, reason: str) -> None:
+        """Nothing comes of ``record``."""
+
+    def agent_failure(self, app: App, agent: Any, exc: BaseException) -> None:
+        """The body of ``agent`` raised and is run again."""
+
+
+class App(faust.App):
+    """One stage: one consumer group, one transport, one set of accounts."""
+
+    def __init__(
+        self, id: str, *, resilience: ResilienceOptions, listener: Listener | None = None, **options: Any
+    ) -> None:
+        self.resilience = resilience
+        self.listener = listener or Listener()
+        self.accounts = Accounts(resilience.stage)
+        self.chunk_topics: dict[str, Decode] = {}
+        self.resilient_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self.background: set[asyncio.Future[Any]] = set()
+        #: what agents under ``test_context`` sent, in order
+        self.captured: list[Outgoing] = []
+        self.ready_since: float | None = None
+        super().__init__(
+            id,
+            Stream=Stream,
+            Event=Event,
+            Topic=Topic,
+            Agent=Agent,
+            stream_buffer_maxsize=BUFFER_EVENTS,
+            stream_wait_empty=False,
+            **options,
+        )
+
+    def _new_transport(self) -> Transport:
+        return Transport(self.conf.broker_consumer, self)
+
+    def _new_producer_transport(self) -> Transport:
+        return Transport(self.conf.broker_producer, self)
+
+    def chunk_topic(self, name: str, decode: Decode, **options: Any) -> Any:
+        """Return a topic whose agents get :class:`~streams.resilience.chunks.Chunk` events, values through ``decode``."""
+        self.chunk_topics[name] = decode
+        return self.topic(name, value_type=None, key_type=None, value_serializer="raw", **options)
+
+    # -- what streams ask ---------------------------------------------------------------------------------------------
+
+    async def send_outgoing(self, producer: Producer, outgoing: list[Outgoing]) -> list[asyncio.Future[Any]]:
+        """Hand ``outgoing`` to Kafka, however long that takes; raises only for a record that is no dead letter and too
+        large for Kafka."""
+        backoff = self.resilience.infrastructure_backoff()
+        while True:
+            try:
+                return await producer.send_many(outgoing)
+            except MessageSizeTooLargeError:
+                letters = {self.resilience.dead_letter_topic}
+                shortened = [
+                    truncate_letter(record)
+                    if record[0] in letters and header(record[3] or [], "dlq-truncated") is None
+                    else record
+                    for record in outgoing
+                ]
+                if shortened == outgoing:
+                    raise
+                outgoing = shortened
+            except Exception as exc:
+                if classify(exc) is not FailureClass.RETRY or self.should_stop:
+                    raise
+                delay = backoff.next()
+                self.accounts.retries += 1
+                self.listener.retry(self, exc, FailureClass.RETRY, delay)
+                await self.sleep(delay)
+
+    async def send_and_wait(self, outgoing: list[Outgoing]) -> None:
+        """Send ``outgoing`` and return once Kafka has acknowledged all of it."""
+        producer = await self.maybe_start_producer()
+        futures = await self.send_outgoing(producer, outgoing)
+        if futures:
+            await asyncio.gather(*futures)
+
+    async def capture(self, outgoing: list[Outgoing]) -> None:
+        """Keep what an agent under ``test_context`` sent."""
+        self.captured += outgoing
+
+    def on_retry(self, exc: BaseException, kind: FailureClass, delay: float) -> None:
+        """Tell the listener of a retry."""
+        self.listener.retry(self, exc, kind, delay)
+
+    def on_dead_letter(self, record: Any, failure: Failure) -> None:
+        """Tell the listener of a dead letter."""
+        self.listener.dead_letter(self, record, failure)
+
+    def on_drop(self, record: Any, reason: str) -> None:
+        """Tell the listener of a drop."""
+        self.listener.drop(self, record, reason)
+
+    def on_agent_failure(self, agent: Any, exc: BaseException) -> None:
+        """Tell the listener that a body raised."""
+        self.listener.agent_failure(self, agent, exc)
+
+    async def on_fetch_failure(self, exc: BaseException) -> None:
+        """Decide what a failed fetch means; the health checks create the consumer anew when it goes on."""
+        if classify(exc) is FailureClass.FATAL:
+            self.fatal(exc)
+
+    def fatal(self, exc: BaseException) -> None:
+        """End the worker, non-zero: going on would be wrong."""
+        self.log.error("Stage %s cannot go on: %s", self.resilience.stage, exc)
+        task = asyncio.ensure_future(self.crash(exc if isinstance(exc, Fatal) else Fatal(str(exc))))
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+
+    def forget_redeliveries(self) -> None:
+        """Drop what streams of this app hold back: its partitions were revoked."""
+        for stream in list(self.resilient_streams):
+            stream.forget_redeliveries()
+
+    # -- the life of the app --------------------------------------------------------------------------------------------
+
+    async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:  # noqa: ARG002
+        await consumer.drain()
+
+    async def _producer_flush(self, logger: Any) -> None:  # noqa: ARG002
+        # What counts is awaited record by record before its input is committed; a flush here would add a second wait
+        # without a bound.
+        return
+
+    async def _on_agent_error(self, agent: Any, exc: BaseException) -> None:
+        self.log.error("Agent %s failed outside of an event and is restarted: %r", agent.name, exc, exc_info=exc)
+
+    @property
+    def assigned(self) -> set[TP] | None:
+        """The partitions that this app holds, or None while the group has not settled."""
+        if self._assignment is None or self.rebalancing:
+            return None
+        return set(self._assignment)
+
+    @property
+    def typed_consumer(self) -> Consumer | None:
+        """The consumer, where there is one yet; asking does not create it."""
+        consumer: Consumer | None = self._consumer
+        return consumer

@@ -1,0 +1,223 @@
+"""A chunk: the records of one partition that one fetch brought, as one event of a stream.
+
+Guarantee: each message of a chunk ends as done, dropped, or one dead letter, whatever its neighbours do; what a handler
+sent counts only once it has returned; the chunk is complete when all of that is acknowledged by Kafka. Order is kept per
+partition: a message that is to be tried again holds back those behind it.
+
+:meth:`Chunk.each` is for pure functions ``(message, out)``, :meth:`Chunk.all` for sinks that take many messages at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from streams.messages import encode
+from streams.resilience.deadletter import Failure
+from streams.resilience.failures import FailureClass, Poison, classify
+from streams.resilience.producer import Outgoing
+
+#: Decodes the bytes of a record's value; raises for bytes that are no such message.
+Decode = Callable[[bytes], Any]
+
+
+class Out:
+    """Where a handler puts what it sends; nothing of it counts until the handler has returned."""
+
+    __slots__ = ("_drop", "_sent", "record")
+
+    def __init__(self) -> None:
+        self._sent: list[Outgoing] = []
+        self._drop: str | None = None
+        self.record: Any = None
+
+    def send(
+        self, topic: Any, value: Any, key: str | bytes | None = None, headers: list[tuple[str, bytes]] | None = None
+    ) -> None:
+        """Send ``value`` (bytes, or anything msgspec encodes) to ``topic`` (a name or a topic's declaration)."""
+        self._sent.append(
+            (
+                topic if topic.__class__ is str else topic.name,
+                key.encode() if key.__class__ is str else key,  # type: ignore[union-attr]
+                value if value.__class__ is bytes else encode(value),
+                headers,
+            )
+        )
+
+    def drop(self, reason: str) -> None:
+        """Say that nothing comes of this message, and why; ``accounts.INTENDED_DROPS`` lists the reasons."""
+        self._drop = reason
+
+
+class Chunk:
+    """Messages of one partition, in order. ``len(chunk)`` counts those still to be handled."""
+
+    __slots__ = ("_decode", "_decoded", "delivery", "owner", "pending", "records")
+
+    def __init__(self, records: Sequence[Any], decode: Decode, owner: Any = None, delivery: Any = None) -> None:
+        self.records = records
+        self.pending: list[int] = list(range(len(records)))
+        self._decode = decode
+        self._decoded: dict[int, Any] = {}
+        #: the stream that this chunk came through: it settles failures and takes what is sent
+        self.owner = owner
+        self.delivery = delivery
+
+    def __len__(self) -> int:
+        return len(self.pending)
+
+    def __repr__(self) -> str:
+        first = self.records[0] if self.records else None
+        where = f"{first.topic}[{first.partition}]@{first.offset}" if first is not None else "nowhere"
+        return f"<Chunk of {len(self.records)} from {where}, {len(self.pending)} to do>"
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the decoded messages still to be handled; raises Poison for one that does not decode."""
+        return (self.message(number) for number in self.pending)
+
+    def message(self, number: int) -> Any:
+        """Return the decoded message at ``number``; raises Poison where its bytes are no such message."""
+        record = self.records[number]
+        value = record.value
+        if value is None:
+            raise Poison("the record has no value")
+        try:
+            return self._decode(value)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
+            raise Poison(f"not a message of {record.topic}: {exc}") from exc
+
+    async def each(self, handler: Callable[[Any, Out], Any]) -> None:
+        """Call ``handler(message, out)`` for every message, in order; a coroutine function is awaited.
+
+        Raises nothing for a message that fails: it becomes a dead letter, or is held back with those behind it and
+        comes again in a later chunk.
+        """
+        out = Out()
+        asynchronous = inspect.iscoroutinefunction(handler)
+        records, decode = self.records, self._decode
+        sent = out._sent
+        outgoing: list[Outgoing] = []
+        pending = self.pending
+        rest: list[int] = []
+        failure: BaseException | None = None
+        owner, delivery = self.owner, self.delivery
+        for position, number in enumerate(pending):
+            record = out.record = records[number]
+            try:
+                value = record.value
+                message = decode(value) if value is not None else self.message(number)
+                result = handler(message, out)
+                if asynchronous or (result is not None and inspect.isawaitable(result)):
+                    await result
+            except Exception as exc:
+                sent.clear()
+                out._drop = None
+                letter = self._judge(record, exc)
+                if letter is None:
+                    rest, failure = pending[position:], exc
+                    break
+                outgoing.append(letter)
+                continue
+            if sent:
+                outgoing += sent
+                sent.clear()
+            if out._drop is not None:
+                if delivery is not None:
+                    delivery.note_dropped(out._drop)
+                owner.dropped(record, out._drop)
+                out._drop = None
+        self.pending = rest
+        await owner.forward(self, outgoing, failure)
+
+    async def all(self, handler: Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]] | None]]) -> None:
+        """Call ``await handler(messages)`` once with all messages; it may return the bad ones as (position, exception).
+
+        When it raises something that is not infrastructure's fault, it is called again with one message at a time, so
+        that only the guilty message becomes a dead letter.
+        """
+        outgoing: list[Outgoing] = []
+        good: list[int] = []
+        messages: list[Any] = []
+        for number in self.pending:
+            record = self.records[number]
+            try:
+                messages.append(self.message(number))
+                good.append(number)
+            except Exception as exc:
+                letter = self._judge(record, exc)
+                if letter is not None:
+                    outgoing.append(letter)
+        rest: list[int] = []
+        failure: BaseException | None = None
+        try:
+            bad = await handler(messages) if messages else None
+            rest, failure = self._bury(good, bad, outgoing)
+        except Exception as exc:
+            if len(good) > 1 and classify(exc) not in (FailureClass.RETRY, FailureClass.FATAL):
+                rest, failure = await self._one_by_one(handler, good, messages, outgoing)
+            else:
+                rest, failure = self._bury(good, [(0, exc)] if len(good) == 1 else None, outgoing)
+                if len(good) > 1:
+                    rest, failure = good, exc
+        self.pending = rest
+        await self.owner.forward(self, outgoing, failure)
+
+    def _bury(
+        self, numbers: list[int], bad: Iterable[tuple[int, BaseException]] | None, outgoing: list[Outgoing]
+    ) -> tuple[list[int], BaseException | None]:
+        for position, exc in bad or ():
+            letter = self._judge(self.records[numbers[position]], exc)
+            if letter is None:
+                return numbers[position:], exc
+            outgoing.append(letter)
+        return [], None
+
+    async def _one_by_one(
+        self,
+        handler: Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]] | None]],
+        numbers: list[int],
+        messages: list[Any],
+        outgoing: list[Outgoing],
+    ) -> tuple[list[int], BaseException | None]:
+        for position, number in enumerate(numbers):
+            try:
+                bad = list(await handler([messages[position]]) or ())
+            except Exception as exc:
+                bad = [(0, exc)]
+            for _, exc in bad:
+                letter = self._judge(self.records[number], exc)
+                if letter is None:
+                    return numbers[position:], exc
+                outgoing.append(letter)
+        return [], None
+
+    def _judge(self, record: Any, exc: BaseException) -> Outgoing | None:
+        """Return the dead letter of ``record``, or None when it is to be tried again."""
+        letter: Outgoing | None = self.owner.judge(record, exc, self.delivery)
+        return letter
+
+
+def request_id_of(record: Any) -> str | None:
+    """Return the request id that the JSON value of ``record`` carries, where it can be read."""
+    try:
+        found = _RequestId.decode(record.value).request_id
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+class _HasRequestId(msgspec.Struct):
+    request_id: str | None = None
+
+
+_RequestId = msgspec.json.Decoder(_HasRequestId)
+
+
+def failure_of(kind: str, exc: BaseException, attempts: int, first: datetime | None, record: Any) -> Failure:
+    """Return the failure that a dead letter of ``record`` tells of."""
+    now = datetime.now(UTC)
+    return Failure(kind, exc, attempts, first or now, now, request_id_of(record))

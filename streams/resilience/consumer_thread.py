@@ -1,0 +1,191 @@
+"""The thread that aiokafka's consumer lives in, so that a busy agent never costs the group membership.
+
+Guarantees: an unreachable broker is waited for; fetches and commits go straight to the thread's loop, each with a bound
+(Faust's method queue has two workers, and two calls that hang stop all others); an idle fetch never makes aiokafka leave
+the group for good (its ``max_poll_interval_ms`` counts a paused or unassigned consumer as dead, and it then never comes
+back); the consumer can be swapped for a new one while thread and app live on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+import aiokafka
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+from mode import Service
+
+from streams.resilience.options import ResilienceOptions
+from streams.resilience.producer import _quietly
+
+T = TypeVar("T")
+Records = Mapping[TP, list[Any]]
+
+#: Seconds between two signs of life to aiokafka's poll-interval check.
+IDLE_GUARD_SECONDS = 2.0
+CLOSE_SECONDS = 5.0
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """Owns the aiokafka consumer of one app."""
+
+    swapping = False
+    last_failure: str | None = None
+
+    @property
+    def options(self) -> ResilienceOptions:
+        """The options of the app that owns this consumer."""
+        options: ResilienceOptions = self.app.resilience
+        return options
+
+    async def on_start(self) -> None:
+        """Connect, however long it takes for a broker to be there."""
+        self.time_started = asyncio.get_running_loop().time()
+        self._consumer = await self._connect()
+
+    async def _connect(self) -> aiokafka.AIOKafkaConsumer | None:
+        backoff = self.options.infrastructure_backoff()
+        while not self.should_stop:
+            consumer = self._create_consumer(loop=self.thread_loop)
+            try:
+                await consumer.start()
+            except (KafkaError, OSError, TimeoutError) as exc:
+                await _quietly(consumer.stop())
+                delay = backoff.next()
+                self.last_failure = f"{type(exc).__name__}: {exc}"
+                self.log.warning(
+                    "Kafka cannot be reached for group %s (%s: %s); trying again in %.1f s",
+                    self.app.conf.id,
+                    type(exc).__name__,
+                    exc,
+                    delay,
+                )
+                await self._pause(delay)
+            else:
+                self.last_failure = None
+                return consumer
+        return None
+
+    async def _pause(self, seconds: float) -> None:
+        # Service.sleep waits on an event of the parent's loop; here a short step that looks at the flag is enough.
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while not self.should_stop and loop.time() < until:
+            await asyncio.sleep(min(0.2, seconds))
+
+    def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:
+        conf = self.app.conf
+        tables = bool(self.app.tables.changelog_topics)
+        self._assignor = self.app.assignor if tables or conf.table_standby_replicas > 0 else RoundRobinPartitionAssignor
+        arguments: dict[str, Any] = {
+            "client_id": conf.broker_client_id,
+            "group_id": conf.id,
+            "group_instance_id": conf.consumer_group_instance_id,
+            "bootstrap_servers": driver.server_list(transport.url, transport.default_port),
+            "partition_assignment_strategy": [self._assignor],
+            "enable_auto_commit": False,
+            "auto_offset_reset": conf.consumer_auto_offset_reset,
+            "max_poll_records": None,
+            "max_poll_interval_ms": int(conf.broker_max_poll_interval * 1000),
+            "max_partition_fetch_bytes": conf.consumer_max_fetch_size,
+            "request_timeout_ms": int(conf.broker_request_timeout * 1000),
+            "check_crcs": conf.broker_check_crcs,
+            "session_timeout_ms": int(conf.broker_session_timeout * 1000),
+            "rebalance_timeout_ms": int(conf.broker_rebalance_timeout * 1000),
+            "heartbeat_interval_ms": int(conf.broker_heartbeat_interval * 1000),
+            "metadata_max_age_ms": conf.consumer_metadata_max_age_ms,
+            "connections_max_idle_ms": conf.consumer_connections_max_idle_ms,
+        }
+        return aiokafka.AIOKafkaConsumer(**{**arguments, **self.options.client, **self.options.consumer})
+
+    @Service.task
+    async def _idle_guard(self) -> None:
+        """Tell aiokafka that this consumer is alive although nothing is fetched just now."""
+        while not self.should_stop:
+            await self._pause(IDLE_GUARD_SECONDS)
+            consumer = self._consumer
+            if consumer is not None:
+                with consumer._subscription.fetch_context():
+                    pass
+
+    async def call(self, coroutine: Coroutine[Any, Any, T], bound_seconds: float) -> T:
+        """Run ``coroutine`` in the thread's loop; raises TimeoutError after ``bound_seconds``."""
+        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(
+            asyncio.wait_for(coroutine, bound_seconds), self.thread_loop
+        )
+        # The second bound is for a thread whose loop does not run at all.
+        return await asyncio.wait_for(asyncio.wrap_future(future), bound_seconds + 5.0)
+
+    async def fetch(self, partitions: set[TP], timeout_seconds: float) -> Records:
+        """Return all that the last fetches brought of ``partitions``; waits up to ``timeout_seconds`` for the first."""
+        consumer = self._consumer
+        if consumer is None or self.swapping:
+            return {}
+        return await self.call(self._fetch(consumer, partitions, timeout_seconds), timeout_seconds + 15.0)
+
+    async def _fetch(self, consumer: aiokafka.AIOKafkaConsumer, partitions: set[TP], timeout: float) -> Records:
+        if not self.consumer.flow_active or consumer is not self._consumer:
+            return {}
+        fetcher = consumer._fetcher
+        with fetcher._subscriptions.fetch_context():
+            records: Records = await fetcher.fetched_records(partitions, timeout=timeout)
+        return records
+
+    async def commit_offsets(self, offsets: Mapping[TP, int]) -> bool:
+        """Commit within the bound of the options; False when it did not succeed, for any reason but a revocation."""
+        consumer = self._consumer
+        if consumer is None or self.swapping:
+            return False
+        wanted = {driver.ensure_aiokafka_TP(tp): offset for tp, offset in offsets.items()}
+        try:
+            await self.call(consumer.commit(wanted), self.options.commit_timeout_seconds)
+        except TimeoutError:
+            self.last_failure = "commit timed out"
+            self.log.warning(
+                "Commit of %d partition(s) in group %s not done within %.0f s; it is tried again",
+                len(offsets),
+                self.app.conf.id,
+                self.options.commit_timeout_seconds,
+            )
+        except (CommitFailedError, IllegalStateError) as exc:
+            # The group has moved on: these partitions are somebody else's, or come again from the committed offset.
+            self.last_failure = f"{type(exc).__name__}: {exc}"
+            self.log.info("Commit refused in group %s, the group is rebalancing: %s", self.app.conf.id, exc)
+        except KafkaError as exc:
+            self.last_failure = f"{type(exc).__name__}: {exc}"
+            self.log.warning("Commit failed in group %s: %r; it is tried again", self.app.conf.id, exc)
+        else:
+            return True
+        return False
+
+    async def swap(self) -> None:
+        """Close the consumer and subscribe a new one to the same topics. The caller has stopped the flow."""
+        self.swapping = True
+        try:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._swap(), self.thread_loop))
+        finally:
+            self.swapping = False
+
+    async def _swap(self) -> None:
+        old = self._consumer
+        topics: set[str] = set(old.subscription()) if old is not None else set()
+        if old is not None:
+            await _quietly(asyncio.wait_for(old.stop(), CLOSE_SECONDS))
+        new = await self._connect()
+        if new is None:
+            return
+        self._consumer = new
+        if topics:
+            new.subscribe(topics=topics, listener=self._rebalance_listener)
+
+    async def on_thread_stop(self) -> None:
+        """Leave the group within a bound; a broker that is away must not hold up the end of the worker."""
+        consumer, self._consumer = self._consumer, None
+        await driver.ConsumerThread.on_thread_stop(self)
+        if consumer is not None:
+            await _quietly(asyncio.wait_for(consumer.stop(), CLOSE_SECONDS))

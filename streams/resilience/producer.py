@@ -1,0 +1,261 @@
+"""The Faust producer with what Faust leaves open.
+
+Guarantees: an unreachable broker is waited for with backoff, not exited on; records of one partition stay in order and
+are not written twice by a retry (idempotent producer); a record that cannot be sent fails its own future and never the
+buffer that tables write their changelogs through; whole batches can be sent with :meth:`Producer.send_many`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import aiokafka
+from aiokafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, ProducerClosed
+from faust.transport import producer as faust_producer
+from faust.transport.drivers import aiokafka as driver
+
+from streams.resilience.failures import Retryable
+from streams.resilience.options import ResilienceOptions
+
+Headers = list[tuple[str, bytes]]
+#: One record to send: topic, key, value, headers (or None).
+Outgoing = tuple[str, bytes | None, bytes | None, Headers | None]
+
+#: Keys whose partition is remembered, per topic; murmur2 in Python costs more than the rest of appending a record.
+PARTITION_CACHE_KEYS = 100_000
+
+
+class Buffer(faust_producer.ProducerBuffer):
+    """The buffer that tables and ``send_soon`` write through; one record that cannot go out does not end it."""
+
+    async def on_stop(self) -> None:
+        """Leave what is still buffered: the app flushed before, and what was not acknowledged is not committed."""
+
+    async def _send_pending(self, fut: Any) -> None:
+        try:
+            await super()._send_pending(fut)
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            # Faust lets this end the buffer and with it the worker. The record's future carries the failure to
+            # whoever owes the record.
+            if not fut.done():
+                fut.set_exception(exc)
+
+
+class Producer(driver.Producer):
+    """aiokafka's producer under Faust, created anew when it fails."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        buffer = Buffer(loop=self.loop, beacon=self.beacon)
+        buffer.app = self.app
+        self.buffer = buffer
+        self._partitions: dict[str, dict[bytes | None, int]] = {}
+        self._partition_counts: dict[str, int] = {}
+        self._recreating: asyncio.Lock = asyncio.Lock()
+        self.recreations = 0
+        self.last_failure: str | None = None
+
+    @property
+    def options(self) -> ResilienceOptions:
+        """The options of the app that owns this producer."""
+        options: ResilienceOptions = self.app.resilience
+        return options
+
+    def _settings_extra(self) -> Mapping[str, Any]:
+        return {**super()._settings_extra(), **self.options.client, **self.options.producer}
+
+    async def on_start(self) -> None:
+        """Connect, however long it takes for a broker to be there."""
+        await faust_producer.Producer.on_start(self)
+        producer = await self._connect()
+        if producer is not None:
+            self._producer = producer
+
+    async def _connect(self) -> aiokafka.AIOKafkaProducer | None:
+        backoff = self.options.infrastructure_backoff()
+        while not self.should_stop:
+            producer = self._new_producer()
+            try:
+                await producer.start()
+            except (KafkaError, OSError, TimeoutError) as exc:
+                await _quietly(producer.stop())
+                delay = backoff.next()
+                self.last_failure = f"{type(exc).__name__}: {exc}"
+                self.log.warning(
+                    "Kafka cannot be reached for producing (%s: %s); trying again in %.1f s. KAFKA_BOOTSTRAP_SERVERS=%s",
+                    type(exc).__name__,
+                    exc,
+                    delay,
+                    ",".join(self._settings_default()["bootstrap_servers"]),
+                )
+                await self.sleep(delay)
+            except BaseException:
+                await _quietly(producer.stop())
+                raise
+            else:
+                self.last_failure = None
+                return producer
+        return None
+
+    async def recreate(self, why: str) -> None:
+        """Close the producer and build a new one; what was not acknowledged fails and is sent again by its owner."""
+        async with self._recreating:
+            old = self._producer
+            if old is not None and _usable(old):
+                return
+            self.log.warning("Recreating the producer of stage %s: %s", self.options.stage, why)
+            if old is not None:
+                await _quietly(asyncio.wait_for(old.stop(), 5.0))
+            new = await self._connect()
+            if new is not None:
+                self._producer = new
+                self.recreations += 1
+                self.app.accounts.recreations += 1
+                self.log.info("Successfully recreated producer after error (attempt %d)", self.recreations)
+
+    async def _ready(self) -> aiokafka.AIOKafkaProducer:
+        producer = self._producer
+        if producer is None:
+            if self.should_stop:
+                raise ProducerClosed
+            raise Retryable("the producer is not connected yet")
+        if not _usable(producer):
+            await self.recreate("it was fenced or failed")
+            producer = self._producer
+            if producer is None:
+                raise Retryable("the producer is being created anew")
+        return producer
+
+    async def send(  # noqa: D417
+        self, topic: str, key: bytes | None, value: bytes | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Send one record as Faust does, through a producer that works."""
+        await self._ready()
+        return await super().send(topic, key, value, *args, **kwargs)
+
+    async def send_record(self, record: Outgoing) -> asyncio.Future[Any]:
+        """Hand one record to the producer; the future resolves when Kafka has acknowledged it."""
+        producer = await self._ready()
+        topic, key, value, headers = record
+        future: asyncio.Future[Any] = await producer.send(topic, value, key=key, headers=headers)
+        return future
+
+    async def _partition_cache(
+        self, producer: aiokafka.AIOKafkaProducer, topic: str
+    ) -> tuple[dict[bytes | None, int], list[int]]:
+        partitions = producer.client.cluster.partitions_for_topic(topic)
+        if not partitions:
+            partitions = await producer.partitions_for(topic)
+        count = len(partitions)
+        cache = self._partitions.get(topic)
+        if cache is None or self._partition_counts.get(topic) != count or len(cache) > PARTITION_CACHE_KEYS:
+            cache = self._partitions[topic] = {}
+            self._partition_counts[topic] = count
+        return cache, sorted(partitions)
+
+    async def send_many(self, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:
+        """Hand records over as whole batches; each future resolves when Kafka has acknowledged its batch.
+
+        Order is kept per partition. Waits while the producer's queue for a partition is full, which is the
+        back-pressure of a slow broker. Raises ``MessageSizeTooLargeError`` before anything is sent when one record is
+        larger than a request may be.
+        """
+        producer = await self._ready()
+        limit = producer._max_request_size
+        topics: dict[str, tuple[dict[bytes | None, int], list[int]]] = {}
+        open_batches: dict[tuple[str, int], Any] = {}
+        full: list[tuple[tuple[str, int], Any]] = []
+        partitioner = producer._partitioner
+        for topic, key, value, headers in records:
+            found = topics.get(topic)
+            if found is None:
+                found = topics[topic] = await self._partition_cache(producer, topic)
+            cache, partitions = found
+            partition = cache.get(key) if key is not None else None
+            if partition is None:
+                partition = partitioner(key, partitions, partitions)
+                if key is not None:
+                    cache[key] = partition
+            where = (topic, partition)
+            batch = open_batches.get(where)
+            if batch is None:
+                batch = open_batches[where] = producer.create_batch()
+            if batch.append(key=key, value=value, timestamp=None, headers=headers or []) is None:
+                full.append((where, batch))
+                batch = open_batches[where] = producer.create_batch()
+                if batch.append(key=key, value=value, timestamp=None, headers=headers or []) is None:
+                    raise MessageSizeTooLargeError(f"a record of {len(value or b'')} bytes for {topic}")
+            if value is not None and len(value) > limit:
+                raise MessageSizeTooLargeError(
+                    f"a record of {len(value)} bytes for {topic} is larger than max_request_size={limit}"
+                )
+        full += open_batches.items()
+        return [await self._send_batch(producer, where, batch) for where, batch in full]
+
+    async def _send_batch(
+        self, producer: aiokafka.AIOKafkaProducer, where: tuple[str, int], batch: Any
+    ) -> asyncio.Future[Any]:
+        topic, partition = where
+        batch.close()
+        started = time.monotonic()
+        while True:
+            try:
+                future: asyncio.Future[Any] = await producer.send_batch(batch, topic, partition=partition)
+            except KafkaTimeoutError:
+                # The queue of this partition stayed full: nothing of this batch was taken, so offering it again
+                # cannot repeat it. aiokafka counts the time that it waited twice, which is why this comes early.
+                if not _usable(producer) or self.should_stop:
+                    raise
+                self.log.warning(
+                    "Kafka has not taken a batch for %s[%d] for %.0f s", topic, partition, time.monotonic() - started
+                )
+            else:
+                return future
+
+    async def flush(self) -> None:
+        """Send out what is buffered, within the bound of a request."""
+        await self.buffer.flush()
+        if self._producer is not None:
+            try:
+                await asyncio.wait_for(self._producer.flush(), self.options.drain_seconds)
+            except TimeoutError:
+                self.log.warning(
+                    "Producer of stage %s: flush not done within %.0f s (DRAIN_SECONDS); what was not acknowledged is "
+                    "not committed and comes again",
+                    self.options.stage,
+                    self.options.drain_seconds,
+                )
+
+    async def on_stop(self) -> None:
+        """Stop within a bound: aiokafka waits for a broker that is away for as long as it is away."""
+        self.transport._topic_waiters.clear()
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await _quietly(asyncio.wait_for(producer.stop(), self.options.drain_seconds))
+
+
+def _usable(producer: aiokafka.AIOKafkaProducer) -> bool:
+    if producer._closed:
+        return False
+    if (
+        producer._sender is not None
+        and producer._sender.sender_task is not None
+        and producer._sender.sender_task.done()
+    ):
+        return False
+    return producer._message_accumulator._exception is None
+
+
+async def _quietly(awaitable: Any) -> None:
+    """Await the end of something that is given up; how it ends changes nothing any more."""
+    try:
+        await awaitable
+    except asyncio.CancelledError:
+        raise
+    except Exception as exc:
+        driver.logger.debug("while giving up a client: %r", exc)

@@ -1,0 +1,118 @@
+"""``/health/live``, ``/health/ready`` and ``/metrics`` of a worker.
+
+Live says that the process runs and its event loop turns; no sink and no broker can take that away. Ready says that every
+stage holds its place in its group and that what it writes to answers; each check with its age and the reason of its
+failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from aiohttp import web
+from mode import Service
+
+from streams import metrics
+from streams.core import SETTINGS, app
+from streams.resilience.deadletter import describe
+
+STARTED = time.monotonic()
+CHECK_SECONDS = 1.0
+
+
+class Checks:
+    """The state of every stage and of what it needs, as last looked at."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, dict[str, Any]] = {}
+
+    async def run(self) -> None:
+        """Look at every stage; each outside service has a bounded time to answer."""
+        found = {"pipeline": result(app.pipeline.problem)}
+        pending = []
+        for stage in app.stages():
+            found[f"{stage.name}.group"] = result(group_problem(stage.app))
+            pending += [(f"{stage.name}.{name}", check) for name, check in stage.checks.items()]
+        found |= dict(
+            zip([name for name, _ in pending], await asyncio.gather(*(ask(c) for _, c in pending)), strict=True)
+        )
+        self.results = found
+
+
+def result(problem: str | None) -> dict[str, Any]:
+    """Return one check's result; ``problem`` is None where all is well."""
+    return {"ok": problem is None, "at": time.monotonic(), **({"reason": problem} if problem else {})}
+
+
+def group_problem(stage_app: Any) -> str | None:
+    """Return why a stage has no place in its group, or None."""
+    if not stage_app.agents:
+        return None
+    if not any(topic for agent in stage_app.agents.values() for topic in agent.get_topic_names()):
+        return None
+    consumer = stage_app.typed_consumer
+    if consumer is None or not stage_app.started:
+        return "not started yet"
+    if stage_app.assigned is None:
+        return "no assignment yet: the group is rebalancing"
+    if consumer.fetch_failures:
+        return f"{consumer.fetch_failures} fetches failed in a row; the last: {consumer.last_failure}"
+    if stage_app.tables and not stage_app.tables.recovery.completed.is_set():
+        return "tables are being restored"
+    return None
+
+
+async def ask(check: Any) -> dict[str, Any]:
+    """Run one check of a stage within its bound."""
+    try:
+        await asyncio.wait_for(check(), SETTINGS.connect_timeout_seconds)
+    except Exception as exc:
+        return result(f"{type(exc).__name__}: {describe(exc)}")
+    return result(None)
+
+
+CHECKS = Checks()
+
+
+async def watch(owner: Service) -> None:
+    """Look every few seconds until ``owner`` stops, so that asking costs nothing and what hangs holds up nobody."""
+    while not owner.should_stop:
+        before = time.monotonic()
+        await owner.sleep(CHECK_SECONDS)
+        metrics.LOOP_DELAY.set(max(0.0, time.monotonic() - before - CHECK_SECONDS))
+        try:
+            await CHECKS.run()
+        except Exception as exc:
+            owner.log.exception("A health check failed: %r", exc)
+
+
+@app.page("/health/live")
+async def live(view: Any, _request: Any) -> Any:
+    """Answer that the process is alive."""
+    return view.json({"status": "alive", "uptime_seconds": round(time.monotonic() - STARTED, 1)})
+
+
+@app.page("/health/ready")
+async def ready(_view: Any, _request: Any) -> Any:
+    """Answer whether every stage can work, each check with its age and its reason."""
+    now = time.monotonic()
+    checks = {
+        name: {"ok": found["ok"], "age_seconds": round(now - found["at"], 1), **reason(found)}
+        for name, found in CHECKS.results.items()
+    }
+    good = bool(checks) and all(found["ok"] for found in checks.values())
+    body = {"status": "ready" if good else "not ready", "stages": [s.name for s in app.stages()], "checks": checks}
+    return web.json_response(body, status=200 if good else 503)
+
+
+def reason(found: dict[str, Any]) -> dict[str, str]:
+    """Return the reason of a failed check, where there is one."""
+    return {"reason": found["reason"]} if "reason" in found else {}
+
+
+@app.page("/metrics")
+async def exposition(_view: Any, _request: Any) -> Any:
+    """Answer all metrics in the Prometheus text format."""
+    return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
