@@ -97,9 +97,13 @@ class Driver:
         request_id: str,
         device_id: str,
         state: Mapping[str, Any],
+        now: datetime,
     ) -> Downlink:
-        """Build what goes to the device. ``state`` is what ``state_of`` said of its last uplink; raises
-        CommandError."""
+        """Build what goes to the device; raises CommandError.
+
+        ``state`` is what ``state_of`` said of the device's last uplink (empty: not heard of yet), ``now`` the time of
+        sending.
+        """
         raise CommandError(f"devices of family {self.name} take no commands, so not {command_type!r} either")
 
     def feedback(self, uplink: Uplink) -> Feedback | None:

@@ -28,6 +28,7 @@ from devices.profiles import Match, Profile, compile_profile
 
 DRIVERS: Final[Mapping[str, str]] = {
     "fluxor": "devices.fluxor.driver:FluxorDriver",
+    "light_controller": "devices.light_controller.driver:LightControllerDriver",
     "plain_json": "devices.plain_json.driver:PlainJsonDriver",
 }
 
@@ -151,6 +152,19 @@ class Registry:
         if found is None:
             found = self._drivers[name] = driver_class(name)()
         return found
+
+    def driver_for(self, command_type: str, profile: str | None) -> Driver | None:
+        """Return the driver that encodes a command for a device last heard of under ``profile`` (None: never).
+
+        Where that profile's family does not know the command, it is the first active one that does: a controller can
+        speak two families (climate and light schedules) under one id.
+        """
+        own = self._by_name.get(profile) if profile else None
+        for candidate in (*((own,) if own else ()), *self.profiles):
+            driver = self.driver(candidate)
+            if command_type in driver.commands:
+                return driver
+        return None
 
     def mqtt_filters(self) -> list[str]:
         """Return the subscription filters that cover what the active profiles match, none of them covered by

@@ -12,12 +12,13 @@ from __future__ import annotations
 from binascii import Error as HexError
 from binascii import unhexlify
 from collections.abc import Mapping
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 import msgspec
 
-from devices import jsontext
+from devices import brokered
 from devices.driver import CommandTraits, Downlink, Driver, Feedback, JsonSchema
 from devices.fluxor import frame
 from devices.model import CommandError, DecodeError, Reading, Uplink
@@ -203,12 +204,8 @@ class FluxorDriver(Driver):
         if uplink.route.endswith("/feedback"):
             return {}
         fields = _fields(uplink)
-        parts = uplink.route.rsplit("/", 2)
-        if len(parts) != 3:
-            return {}
         return {
-            "broker_id": parts[0].rsplit("/", 1)[-1],
-            "command_topic": f"{parts[0]}/command",
+            **brokered.state_of(uplink.route),
             "hw_type": fields[1],
             "reg_typ": fields[2],
             "sen_typ": int.from_bytes(bytes(fields[3:7]), "little"),
@@ -226,21 +223,17 @@ class FluxorDriver(Driver):
         request_id: str,
         device_id: str,
         state: Mapping[str, Any],
+        now: datetime,  # noqa: ARG002 - these frames carry no time
     ) -> Downlink:
         """Build the JSON of ``config``, ``reboot`` or ``synchronize``; raises CommandError.
 
         A set point that ``config`` does not name stays as the device's last uplink had it.
         """
         self.check(command_type, payload)
-        if "broker_id" not in state:
-            raise CommandError(
-                f"device {device_id} has not been heard of yet; its broker and types come from its last uplink"
-            )
-        message: dict[str, Any] = {
-            "id_capteur": int(device_id) if device_id.isdecimal() else device_id,
-            "uid": f"{request_id}-{state['broker_id']}",
-        }
+        message = brokered.command(request_id, device_id, state)
         if command_type == "config":
+            if "reg_typ" not in state:
+                raise CommandError(f"device {device_id} has sent no frame yet; its types come from its last one")
             reg_typ = state["reg_typ"] | frame.REG_COMMAND
             wanted = payload.get("reg_type_state")
             if wanted is not None:
@@ -259,10 +252,4 @@ class FluxorDriver(Driver):
 
     def feedback(self, uplink: Uplink) -> Feedback | None:
         """Return what ``{"uid": "REQUEST-BROKER", "status": 1}`` says; the request id is all before the last ``-``."""
-        data = jsontext.parse(uplink)
-        uid = data.get("uid") if isinstance(data, dict) else None
-        if not isinstance(uid, str) or "-" not in uid or "status" not in data:
-            raise DecodeError('a feedback is {"uid": "REQUEST-BROKER", "status": 1}')
-        status = data["status"]
-        success = status == 1 and not isinstance(status, bool)
-        return Feedback(request_id=uid.rpartition("-")[0], success=success, detail=f"status {status!r:.80}")
+        return brokered.feedback(uplink)

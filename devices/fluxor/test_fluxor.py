@@ -170,7 +170,7 @@ def test_state_for_commands() -> None:
 def test_config_command() -> None:
     """A configuration carries scaled set points, the wanted state in bit 14 and bit 15; what it leaves out stays."""
     payload = {"U_consigne": 55.5, "U_hysteresys": -0.2, "reg_type_state": False}
-    sent = DRIVER.encode("config", payload, request_id="a-b-c", device_id="2261001", state=STATE)
+    sent = DRIVER.encode("config", payload, request_id="a-b-c", device_id="2261001", state=STATE, now=testing.NOW)
     assert (sent.route, sent.qos, sent.retain) == ("broker_data/7/command", 1, False)
     message = msgspec.json.decode(sent.data)
     assert message["id_capteur"] == 2261001
@@ -184,9 +184,13 @@ def test_config_command() -> None:
 
 def test_reboot_and_synchronize() -> None:
     """A reboot sets control bit 13; both name the device and the request."""
-    reboot = msgspec.json.decode(DRIVER.encode("reboot", {}, request_id="r", device_id="9", state=STATE).data)
+    reboot = msgspec.json.decode(
+        DRIVER.encode("reboot", {}, request_id="r", device_id="9", state=STATE, now=testing.NOW).data
+    )
     assert reboot == {"id_capteur": 9, "uid": "r-7", "control": 8192}
-    sync = msgspec.json.decode(DRIVER.encode("synchronize", {}, request_id="r", device_id="9", state=STATE).data)
+    sync = msgspec.json.decode(
+        DRIVER.encode("synchronize", {}, request_id="r", device_id="9", state=STATE, now=testing.NOW).data
+    )
     assert sync == {"id_capteur": 9, "uid": "r-7"}
 
 
@@ -203,14 +207,14 @@ def test_reboot_and_synchronize() -> None:
 def test_wrong_command_is_pointed_at(kind: Any, payload: Any, pointer: Any) -> None:
     """What a command has wrong is named by a JSON pointer, before anything is sent."""
     with pytest.raises(CommandError) as caught:
-        DRIVER.encode(kind, payload, request_id="r", device_id="9", state=STATE)
+        DRIVER.encode(kind, payload, request_id="r", device_id="9", state=STATE, now=testing.NOW)
     assert caught.value.pointer == pointer
 
 
 def test_command_needs_an_uplink_first() -> None:
     """Nothing can be sent to a device that has not been heard of."""
     with pytest.raises(CommandError, match="not been heard of"):
-        DRIVER.encode("reboot", {}, request_id="r", device_id="9", state={})
+        DRIVER.encode("reboot", {}, request_id="r", device_id="9", state={}, now=testing.NOW)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,12 @@ def test_uplink_after_a_command_round_trip() -> None:
     state = {**STATE, "sen_typ": 0x43}
     sent = msgspec.json.decode(
         DRIVER.encode(
-            "config", {"U_consigne": 61.25, "U_hysteresys": 1.5}, request_id="r", device_id="9", state=state
+            "config",
+            {"U_consigne": 61.25, "U_hysteresys": 1.5},
+            request_id="r",
+            device_id="9",
+            state=state,
+            now=testing.NOW,
         ).data
     )
     payload = frame.build_frame(

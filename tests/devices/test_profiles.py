@@ -254,6 +254,15 @@ def test_what_a_driver_raises_is_poison() -> None:
         read(uplink("{}", "devices/d1/telemetry"), registry)
 
 
+def test_driver_of_a_command() -> None:
+    """The device's own family encodes its commands; a family that shares the device is found by the command's name."""
+    registry = Registry.load(SHIPPED)
+    assert registry.driver_for("config", "fluxor").name == "fluxor"
+    assert registry.driver_for("light_read_all", "fluxor").name == "light_controller"
+    assert registry.driver_for("light_read_all", None).name == "light_controller"
+    assert registry.driver_for("explode", "fluxor") is None
+
+
 def test_every_registered_driver_declares_itself() -> None:
     """Names agree with the registry, traits speak of commands that exist, schemas are schemas."""
     from jsonschema import Draft202012Validator

@@ -1,0 +1,148 @@
+"""Light controller driver: a schedule message is a reading of what was done, and one of the task that it carries.
+
+Index ``SCHEDULE`` has ``operation`` with ``task_id`` or ``task_count``; index ``TASK_{id}`` the fields of the task.
+Both are at the device's epoch (arrival time where that is 0: a clock that was never set). ``metadata["schedule"]`` of
+``SCHEDULE`` is what :func:`devices.light_controller.schedule.merge` adds to the state of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, ClassVar, Final
+
+import msgspec
+
+from devices import brokered, jsontext
+from devices.driver import CommandTraits, Downlink, Driver, Feedback, JsonSchema
+from devices.light_controller import schedule
+from devices.model import DecodeError, Reading, Uplink
+from devices.profiles import Profile
+
+_UNITS: Final = ("min", "min", "", "", "", "")
+_TASK_ID: Final[JsonSchema] = {"type": "integer", "minimum": 0, "maximum": 15}
+_FLAG: Final[JsonSchema] = {"enum": [0, 1, True, False]}
+_NOTHING: Final[JsonSchema] = {"type": "object", "additionalProperties": False, "properties": {}}
+_ONE_TASK: Final[JsonSchema] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["task_id"],
+    "properties": {"task_id": _TASK_ID},
+}
+_OPERATIONS: Final[Mapping[str, schedule.Operation]] = {
+    "light_read_all": "read_all",
+    "light_read_single": "read_task",
+    "light_config_task": "create",
+    "light_delete_task": "delete",
+    "light_delete_all": "delete_all",
+}
+
+
+class LightControllerDriver(Driver):
+    """Reads schedule messages and writes their commands."""
+
+    name = "light_controller"
+    exclusive = True
+    commands: ClassVar[Mapping[str, JsonSchema]] = {
+        "light_read_all": _NOTHING,
+        "light_read_single": _ONE_TASK,
+        "light_config_task": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["task_id", "time_beg", "duration", "day", "channel"],
+            "properties": {
+                "task_id": _TASK_ID,
+                "time_beg": {"type": "integer", "minimum": 0, "maximum": 1439},
+                "duration": {"type": "integer", "minimum": 0, "maximum": 1440},
+                "day": {"type": "integer", "minimum": 0, "maximum": 7},
+                "channel": {"type": "integer", "minimum": 0, "maximum": 1},
+                "active": _FLAG,
+                "run_once": _FLAG,
+            },
+        },
+        "light_delete_task": _ONE_TASK,
+        "light_delete_all": _NOTHING,
+    }
+    # Each writes or reads an absolute state; none may overtake another, so none supersedes.
+    traits: ClassVar[Mapping[str, CommandTraits]] = {name: CommandTraits(repeatable=True) for name in _OPERATIONS}
+
+    def decode(self, uplink: Uplink, profile: Profile) -> list[Reading]:
+        """Return ``SCHEDULE`` and, where the message carries a task, ``TASK_{id}``."""
+        message = schedule.parse(uplink.data)
+        if str(message.device_id) != uplink.device_id:
+            raise DecodeError(f"the message is of device {message.device_id}, its topic says {uplink.device_id!r}")
+        sampled_at = jsontext.from_epoch(message.epoch) if message.epoch else uplink.received_at
+        if message.task_count is None:
+            labels, subject = ("operation", "task_id"), message.task_id
+        else:
+            labels, subject = ("operation", "task_count"), message.task_count
+        shape = profile.shape("SCHEDULE", labels)
+        readings = [
+            Reading(
+                request_id=uplink.request_id,
+                timestamp=sampled_at,
+                device_id=uplink.device_id,
+                index="SCHEDULE",
+                values=[message.operation, subject],
+                labels=shape.labels,
+                display_names=shape.display_names,
+                metadata={**shape.metadata, "schedule": schedule.describe(message)},
+            )
+        ]
+        task = message.task
+        if task is not None:
+            shape = profile.shape(f"TASK_{message.task_id}", schedule.TASK_FIELDS, units=_UNITS, trusted=True)
+            readings.append(
+                Reading(
+                    request_id=uplink.request_id,
+                    timestamp=sampled_at,
+                    device_id=uplink.device_id,
+                    index=shape.index,
+                    values=[task.time_beg, task.duration, task.day, task.channel, task.active, task.run_once],
+                    labels=shape.labels,
+                    display_names=shape.display_names,
+                    metadata=shape.metadata,
+                )
+            )
+        return readings
+
+    def state_of(self, uplink: Uplink) -> dict[str, Any]:
+        """Return the broker that commands go to; empty for a feedback."""
+        return {} if uplink.route.endswith("/feedback") else brokered.state_of(uplink.route)
+
+    def encode(
+        self,
+        command_type: str,
+        payload: Mapping[str, Any],
+        *,
+        request_id: str,
+        device_id: str,
+        state: Mapping[str, Any],
+        now: datetime,
+    ) -> Downlink:
+        """Build the JSON of a command: header and alarm word as numbers; raises CommandError."""
+        self.check(command_type, payload)
+        header = schedule.HEADERS[_OPERATIONS[command_type]] | payload.get("task_id", 0)
+        alarm = 0
+        if command_type == "light_config_task":
+            task = schedule.Task(
+                task_id=payload["task_id"],
+                time_beg=payload["time_beg"],
+                duration=payload["duration"],
+                day=payload["day"],
+                channel=payload["channel"],
+                active=bool(payload.get("active", True)),
+                run_once=bool(payload.get("run_once", False)),
+            )
+            alarm = schedule.pack_alarm(task)
+        message = {
+            **brokered.command(request_id, device_id, state),
+            "epoch": int(now.timestamp()),
+            "sync_header": header,
+            "sync_alarm": alarm,
+        }
+        return Downlink(route=state["command_topic"], data=msgspec.json.encode(message))
+
+    def feedback(self, uplink: Uplink) -> Feedback | None:
+        """Return what the broker says of a command."""
+        return brokered.feedback(uplink)
