@@ -278,7 +278,7 @@ def test_start_can_be_cancelled(small: Stack, monkeypatch: pytest.MonkeyPatch) -
 
 def test_missing_jars_say_what_to_run(small: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without Kafka's jars the error names `make install` and the variable for a broker of one's own."""
-    monkeypatch.setattr(machine, "jars_folder", lambda: tmp_path)
+    monkeypatch.setattr(machine, "jars_folder", lambda *_: tmp_path)
     with pytest.raises(StackError, match=r"make install.*KAFKA_BOOTSTRAP_SERVERS"):
         small.start("kafka")
 
@@ -379,7 +379,7 @@ def test_command_ends_on_other_signals(command: Callable[..., Command], number: 
 
 
 def test_orphans_of_a_killed_command_are_ended(command: Callable[..., Command]) -> None:
-    """After SIGKILL of the command its servers live on; the next start ends exactly them and has their data and ports."""
+    """After SIGKILL of the command its servers live on; the next start ends exactly them and keeps data and ports."""
     one = command("--without", "kafka")
     env = one.ready()
     orphans = one.parts()

@@ -9,7 +9,6 @@ belongs to somebody else.
 """
 
 import contextlib
-import os
 import signal
 import subprocess
 import time
@@ -49,7 +48,7 @@ def start_mark(pid: int) -> str | None:
             return None
     if fields[0] in "ZX":
         try:
-            ended = len(os.listdir(f"/proc/{pid}/task")) <= 1
+            ended = len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
         except OSError:
             ended = True
         if ended:
