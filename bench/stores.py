@@ -8,7 +8,6 @@ staging table and one insert (what Headrace does), the same rows again (a redeli
 from __future__ import annotations
 
 import argparse
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta

@@ -36,8 +36,6 @@ Item = TypeVar("Item")
 _REFUSED_SQLSTATES = ("22", "23", "54")
 # Undefined table, undefined column, undefined schema: what a database made anew answers.
 _SCHEMA_GONE = ("42P01", "42703", "3F000")
-# What the client may take beyond the server's statement_timeout: the round trips around the statement.
-_SLACK_SECONDS = 5.0
 
 
 class ItemsRefused(Exception):
@@ -73,11 +71,12 @@ class Database:
         application_name: str = "headrace",
         statement_timeout_seconds: float = 30.0,
         connect_timeout_seconds: float = 5.0,
+        slack_seconds: float = 5.0,
     ) -> None:
         self._url = url
         self._pool_size = pool_size
         self._connect_timeout = connect_timeout_seconds
-        self._deadline = statement_timeout_seconds + connect_timeout_seconds + _SLACK_SECONDS
+        self._deadline = statement_timeout_seconds + connect_timeout_seconds + slack_seconds
         statement_timeout_ms = str(max(1, round(statement_timeout_seconds * 1000)))
         self._server_settings = {
             "application_name": application_name,

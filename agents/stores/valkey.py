@@ -23,7 +23,8 @@ Guarantees:
   exception, and the whole call is right to be made again.
 
 The time is taken from the stored JSON itself, ``timestamp`` being its first field: a second key for times could be
-evicted alone, and then an old sample would win. The script makes the names of its keys itself: one server, not a Redis Cluster.
+evicted alone, and then an old sample would win. The script makes the names of its keys itself: one server, not a
+Redis Cluster.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ DEFAULT_CATEGORY: Final = "measurements"
 # The server is busy with one script for about 5 µs a reading; others get their turn in between.
 _READINGS_PER_SCRIPT: Final = 256
 
-# ARGV: time to live in seconds (0: for ever); MessagePack of a list of groups, one device and category each:
-# [device, category, [index, JSON, index, JSON, ...]], as text (cmsgpack knows no binary type). One argument, because redis-py spends 1.5 µs on each.
-# Returns written, older, unchanged, and for each group that was refused its number (from 1) and the reason.
-# EVAL and not EVALSHA: a kilobyte in a chunk of hundreds, and no server restart can make the script unknown.
+# ARGV: time to live in seconds (0: for ever); MessagePack of a list of groups, one device and category each: [device,
+# category, [index, JSON, index, JSON, ...]], as text (cmsgpack knows no binary type). One argument, because redis-py
+# spends 1.5 µs on each. Returns written, older, unchanged, and for each group that was refused its number (from 1)
+# and the reason. EVAL and not EVALSHA: a kilobyte in a chunk of hundreds, and no server restart can make the script
+# unknown.
 _SCRIPT: Final = """
 local function stamp(json)
   local day, fraction = string.match(json, '"timestamp":"(%d%d%d%d%-%d%d%-%d%dT%d%d:%d%d:%d%d)%.?(%d*)')
