@@ -108,7 +108,6 @@ class HostApp(StageApp):
     def on_init_dependencies(self) -> Iterable[Any]:
         """Return what a worker of the chosen stages has to start."""
         self.load()
-        self.producer_only = not self.agents and not self.tables
         return super().on_init_dependencies()
 
     def load(self) -> None:

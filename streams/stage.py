@@ -13,8 +13,11 @@ cache too). A stage that moves from the common worker to a process of its own go
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
+
+from faust.app.base import BootStrategy
+from faust.types import TopicT
 
 import settings as configuration
 from streams.codec import StructSchema
@@ -26,8 +29,34 @@ from streams.topics import Declaration, errors
 Check = Callable[[], Awaitable[None]]
 
 
+class StageBoot(BootStrategy):
+    """Starts a stage; one whose agents read channels alone (a connector) has no consumer and no group."""
+
+    def producer_only(self) -> Iterable[Any]:
+        """Return the services of a connector."""
+        return self._chain(self.sensors(), self.kafka_producer(), self.agents())
+
+
 class StageApp(App):
     """The app of one stage; it has no web server of its own, the host's shows all stages."""
+
+    BootStrategy = StageBoot
+
+    @property
+    def reads_topics(self) -> bool:
+        """Tell whether an agent or table of this app reads from Kafka."""
+        return bool(self.tables) or any(isinstance(agent.channel, TopicT) for agent in self.agents.values())
+
+    def on_init_dependencies(self) -> Iterable[Any]:
+        """Return what this app has to start."""
+        self.producer_only = not self.reads_topics
+        return super().on_init_dependencies()
+
+    async def on_start(self) -> None:
+        """Start; channels of a connector flow at once, since no assignment is to be waited for."""
+        await super().on_start()
+        if self.producer_only:
+            self.flow_control.resume()
 
     def _create_directories(self) -> None:
         self.conf.datadir.mkdir(parents=True, exist_ok=True)

@@ -48,10 +48,8 @@ def result(problem: str | None) -> dict[str, Any]:
 
 def group_problem(stage_app: Any) -> str | None:
     """Return why a stage has no place in its group, or None."""
-    if not stage_app.agents:
-        return None
-    if not any(topic for agent in stage_app.agents.values() for topic in agent.get_topic_names()):
-        return None
+    if not stage_app.reads_topics:
+        return None if stage_app.started else "not started yet"
     consumer = stage_app.typed_consumer
     if consumer is None or not stage_app.started:
         return "not started yet"

@@ -79,7 +79,8 @@ class MqttSource:
     ``inflight``: the most unacknowledged messages, 1 to 65,535. ``batch_messages``: the most in one batch; a quarter of
     ``inflight`` by default, so that several are on their way at once. ``session_expiry_seconds``: how long an MQTT 5
     broker collects for us while we are away. ``on_event(event, count)`` is for counters; it must not raise.
-    ``answer_seconds`` is :class:`Presence`'s. Raises ValueError for what cannot be right, before anything connects.
+    ``timeout_seconds``: how long the broker may take to answer. ``answer_seconds`` is :class:`Presence`'s. Raises
+    ValueError for what cannot be right, before anything connects.
     """
 
     def __init__(
@@ -90,12 +91,13 @@ class MqttSource:
         client_id: str,
         share: str = "",
         inflight: int = 500,
-        session_expiry_seconds: int = 7 * 86400,
+        session_expiry_seconds: float = 7 * 86400,
         tls: TlsFiles | None = None,
         max_message_bytes: int = 1 << 20,
         buffer_bytes: int = 32 << 20,
         batch_messages: int | None = None,
-        keepalive_seconds: int = 30,
+        keepalive_seconds: float = 30,
+        timeout_seconds: float = 10.0,
         answer_seconds: float = 2.0,
         backoff: Backoff | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -113,7 +115,7 @@ class MqttSource:
         self._filters = [prefix + check_filter(topic) for topic in dict.fromkeys(topics)]
         self._client_id = client_id
         self._inflight = inflight
-        self._session_expiry_seconds = session_expiry_seconds
+        self._session_expiry_seconds = int(session_expiry_seconds)
         self._buffer_bytes = buffer_bytes
         self._batch_messages = batch_messages or max(1, inflight // 4)
         self._backoff = backoff or Backoff()
@@ -121,7 +123,8 @@ class MqttSource:
         self._dialer = Dialer(
             url,
             tls=tls,
-            keepalive_seconds=keepalive_seconds,
+            keepalive_seconds=max(1, int(keepalive_seconds)),
+            timeout_seconds=timeout_seconds,
             max_message_bytes=max_message_bytes,
             clock=clock,
         )

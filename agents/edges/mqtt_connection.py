@@ -97,7 +97,7 @@ class Connection(aiomqtt.Client):
             identifier=client_id,
             keepalive=keepalive_seconds,
             timeout=timeout_seconds,
-            clean_start=not persistent,
+            clean_start=not persistent if mqtt5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
             properties=properties,
             # acknowledgements are small writes; Nagle's algorithm would hold them back for 40 ms
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],

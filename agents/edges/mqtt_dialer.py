@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import aiomqtt
 
@@ -26,24 +27,24 @@ log = logging.getLogger(__name__)
 class TlsFiles:
     """PEM files for ``mqtts://``: the authority to trust (default: the system's), our certificate and its key."""
 
-    cafile: str | None = None
-    certfile: str | None = None
-    keyfile: str | None = None
+    cafile: str | Path | None = None
+    certfile: str | Path | None = None
+    keyfile: str | Path | None = None
 
     def context(self) -> ssl.SSLContext:
         """Load the files. Raises ValueError that names the one that is wrong."""
         try:
             context = ssl.create_default_context(cafile=self.cafile or None)
         except (OSError, ssl.SSLError) as exc:
-            raise ValueError(f"MQTT TLS: cannot read the CA file {self.cafile!r}: {exc}") from None
+            raise ValueError(f"MQTT TLS: cannot read the CA file {str(self.cafile)!r}: {exc}") from None
         if self.keyfile and not self.certfile:
-            raise ValueError(f"MQTT TLS: key file {self.keyfile!r} without a certificate file")
+            raise ValueError(f"MQTT TLS: key file {str(self.keyfile)!r} without a certificate file")
         if self.certfile:
             try:
                 context.load_cert_chain(self.certfile, self.keyfile or None)
             except (OSError, ssl.SSLError) as exc:
                 raise ValueError(
-                    f"MQTT TLS: cannot read certificate {self.certfile!r} with key {self.keyfile!r}: {exc}"
+                    f"MQTT TLS: cannot read certificate {str(self.certfile)!r} with key {str(self.keyfile)!r}: {exc}"
                 ) from None
         return context
 

@@ -514,6 +514,7 @@ class Agent(faust.Agent):
         ``put`` returns when the body has done the value (Faust's own returns when it was received). An agent of a chunk
         topic takes single values (bytes or messages) as well as a Chunk. What it sends is in ``app.captured``.
         """
+        self.app.testing = True
         context: Any = super().test_context(*args, **kwargs)
         names = self.get_topic_names()
         decode = next((self.app.chunk_topics[name] for name in names if name in self.app.chunk_topics), None)
