@@ -22,6 +22,7 @@ from tools.stack import machine
 from tools.stack.errors import StackError
 from tools.stack.part import ROOT, last_words
 
+_TRUST_STORE = Path("/etc/ssl/certs/java/cacerts")  # Debian's package ca-certificates-java
 _POLICY = Path("/usr/sbin/policy-rc.d")
 
 
@@ -97,10 +98,14 @@ class Installer:
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
             goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={draft}/jars"]
-            home = [] if shutil.which("java") else ["env", f"JAVA_HOME={Path(java).resolve().parents[1]}"]
-            done = self._call([*home, "mvn", "-B", "-q", "-f", str(ROOT / "tools/stack/kafka/pom.xml"), *goal])
-            if not done:
-                raise StackError(f"Maven could not fetch Kafka; {self._log} tells why:{last_words(self._log)}")
+            home, trust = [], []
+            if not shutil.which("java"):
+                home = ["env", f"JAVA_HOME={Path(java).resolve().parents[1]}"]
+                # The wheel's Java does not know the certificates that were added to this machine.
+                trust = [f"-Djavax.net.ssl.trustStore={_TRUST_STORE}"] if _TRUST_STORE.exists() else []
+            pom = ["-f", str(ROOT / "tools/stack/kafka/pom.xml")]
+            if not self._call([*home, "mvn", "-B", "-q", *trust, *pom, *goal]):
+                raise StackError(f"Maven could not fetch Kafka; {self._log} tells why:{last_words(self._log, 12)}")
             Path(draft, "jars").rename(folder)
         if not machine.has_kafka_jars():
             raise StackError(f"Maven left less than {machine.KAFKA_JARS} jars in {folder}; remove it and try again")
