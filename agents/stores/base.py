@@ -20,6 +20,8 @@ from datetime import datetime
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from streams.resilience.failures import FailureClass, Poison, classify
+
 __all__ = ["BadRow", "Row", "Store", "open_store"]
 
 Row = tuple[str, str, str, datetime, float | None, str | None, str | None, str | None]
@@ -28,10 +30,22 @@ Row = tuple[str, str, str, datetime, float | None, str | None, str | None, str |
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """What a store can never take, and why: ``row`` is what was handed over, a Row, or the message itself."""
+    """What a store can never take, and why: ``row`` is what was handed over, a Row, or the message itself.
+
+    ``exception`` is poison to :func:`streams.resilience.failures.classify`, ready for a dead letter.
+    """
 
     row: Any
     exception: Exception
+
+    @classmethod
+    def because(cls, row: Any, reason: Exception) -> BadRow:
+        """Return a BadRow whose ``exception`` is poison: ``reason`` itself, or a Poison caused by it."""
+        if classify(reason) in (FailureClass.POISON, FailureClass.REJECTED):
+            return cls(row, reason)
+        poison = Poison(f"{type(reason).__name__}: {reason}")
+        poison.__cause__ = reason
+        return cls(row, poison)
 
 
 class Store(Protocol):

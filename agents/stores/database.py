@@ -199,7 +199,7 @@ class Database:
             await write(items)
         except ItemsRefused as refused:
             if len(items) == 1:
-                return [BadRow(items[0], refused.reason)]
+                return [BadRow.because(items[0], refused.reason)]
         else:
             return []
         bad: list[BadRow] = []
@@ -211,7 +211,7 @@ class Database:
                 if reason is None:
                     good.append(item)
                 else:
-                    bad.append(BadRow(item, reason))
+                    bad.append(BadRow.because(item, reason))
         # Without a finding, the whole has just been refused: begin with its halves.
         middle = (len(good) + 1) // 2
         pending: list[Sequence[Item]] = [good] if bad else [good[middle:], good[:middle]]
@@ -223,7 +223,7 @@ class Database:
                 await write(part)
             except ItemsRefused as refused:
                 if len(part) == 1:
-                    bad.append(BadRow(part[0], refused.reason))
+                    bad.append(BadRow.because(part[0], refused.reason))
                 else:
                     middle = len(part) // 2
                     pending.append(part[middle:])

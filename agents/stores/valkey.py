@@ -247,7 +247,7 @@ class LatestStore:
                     )
                 )
             except (ValueError, TypeError, OverflowError, RecursionError) as exc:
-                bad.append(BadRow(reading, exc))
+                bad.append(BadRow.because(reading, exc))
                 continue
             key = (reading.device_id, category)
             group = groups.get(key)

@@ -17,6 +17,7 @@ from agents.stores.postgresql import ReadingStore
 from agents.stores.rows import rows_of
 from agents.stores.valkey import LatestStore
 from devices.model import Reading
+from streams.resilience.failures import FailureClass, classify
 
 EPOCH = datetime(2024, 5, 1, tzinfo=UTC)
 # Short, so that a test of a frozen server ends soon; the bound on a call is their sum and a little.
@@ -100,6 +101,7 @@ class PostgreSQLSink(Sink):
     async def write(self, readings: Sequence[Reading]) -> list[Reading]:
         of_row = {row: reading for reading in readings for row in rows_of(reading)}
         bad = await self.store.write_readings([row for reading in readings for row in rows_of(reading)])
+        assert {classify(entry.exception) for entry in bad} <= {FailureClass.POISON}
         refused = {id(of_row[entry.row]): of_row[entry.row] for entry in bad}
         return list(refused.values())
 
@@ -140,6 +142,7 @@ class ValkeySink(Sink):
     async def write(self, readings: Sequence[Reading]) -> list[Reading]:
         count = await self.store.write(readings)
         assert count.written + count.older + count.unchanged + len(count.bad) == len(readings)
+        assert {classify(entry.exception) for entry in count.bad} <= {FailureClass.POISON}
         return [entry.row for entry in count.bad]
 
     async def stored(self) -> dict[Any, Any]:
