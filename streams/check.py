@@ -8,15 +8,15 @@ set-up that a worker starts with.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import os
 import ssl
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from devices.configfile import ConfigError, ConfigErrors
+from devices.alarms import rules
+from devices.configfile import ConfigError
 from devices.registry import Registry
 from settings import Settings, SettingsError, tls_context
 from streams.probes import Probe, probe_all
@@ -79,24 +79,17 @@ def _folders(settings: Settings) -> Iterator[Finding]:
 def check_config(folder: Path) -> list[Finding]:
     """Return what is wrong with the YAML under ``folder``: profiles, devices, alarm rules."""
     registry, errors = Registry.read(folder)
-    return [_of_config(error) for error in errors] + _alarm_findings(folder, registry)
+    alarms = folder / "alarms.yaml"
+    if alarms.exists():
+        # Profiles that could not be read are not "unknown" to a rule that names them.
+        known = None if errors else {profile.name: None for profile in registry.profiles}
+        errors = [*errors, *(replace(error, file=str(alarms)) for error in rules.read(alarms, profiles=known)[1])]
+    return [_of_config(error) for error in errors]
 
 
 def _of_config(error: ConfigError) -> Finding:
     what = f"{error.pointer}: {error.message}" if error.pointer else error.message
     return Finding(error.file, error.line, what, error.found, error.allowed)
-
-
-def _alarm_findings(folder: Path, registry: Registry) -> list[Finding]:
-    del registry
-    if importlib.util.find_spec("devices.alarms.rules") is None or not (folder / "alarms.yaml").exists():
-        return []
-    rules = importlib.import_module("devices.alarms.rules")
-    try:
-        rules.load(folder / "alarms.yaml")
-    except ConfigErrors as exc:
-        return [_of_config(error) for error in exc.errors]
-    return []
 
 
 def of_probe(probe: Probe) -> Finding:

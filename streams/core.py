@@ -21,6 +21,7 @@ from streams import metrics, topics
 from streams.events import EVENTS
 from streams.provision import check_table_partitions, provision
 from streams.resilience.failures import Fatal
+from streams.resilience.health import HealthMonitor
 from streams.stage import REGISTERED, Stage, StageApp, faust_options, resilience_options
 
 SETTINGS = configuration.load()
@@ -53,16 +54,27 @@ class Pipeline(Service):
     def __init__(self, host: HostApp, **kwargs: Any) -> None:
         self.host = host
         self.problem: str | None = "starting"
+        broker = SETTINGS.broker
+        self.health = HealthMonitor(
+            host.apps,
+            interval_seconds=SETTINGS.health_interval_seconds,
+            join_seconds=broker.session_timeout_seconds + broker.rebalance_timeout_seconds + 10.0,
+            prepare=self.prepare_topics,
+        )
         super().__init__(**kwargs)
 
     async def on_start(self) -> None:
         """Start the stages in the background: the web server tells meanwhile how far it is."""
         self.add_future(self._run())
 
+    async def prepare_topics(self) -> None:
+        """Create what is missing of the topics, also after a broker came back without them."""
+        await provision(SETTINGS, topics.ALL, sleep=self.sleep, stop=lambda: self.should_stop)
+
     async def _run(self) -> None:
         try:
             self.problem = "waiting for Kafka"
-            await provision(SETTINGS, topics.ALL, sleep=self.sleep, stop=lambda: self.should_stop)
+            await self.prepare_topics()
             if self.should_stop:
                 return
             stages = self.host.stages()
@@ -71,6 +83,7 @@ class Pipeline(Service):
             for stage in stages:
                 stage.app.finalize()
             await asyncio.gather(*(self.add_runtime_dependency(stage.app) for stage in stages))
+            await self.add_runtime_dependency(self.health)
         except asyncio.CancelledError:
             raise
         except Exception as exc:

@@ -17,6 +17,7 @@ from mode import Service
 from streams import metrics
 from streams.core import SETTINGS, app
 from streams.resilience.deadletter import describe
+from streams.resilience.health import WELL
 
 STARTED = time.monotonic()
 CHECK_SECONDS = 1.0
@@ -34,6 +35,8 @@ class Checks:
         pending = []
         for stage in app.stages():
             found[f"{stage.name}.group"] = result(group_problem(stage.app))
+            verdict, _at = app.pipeline.health.verdicts.get(stage.name, (WELL, 0.0))
+            found[f"{stage.name}.progress"] = result(None if verdict.well else verdict.reason)
             pending += [(f"{stage.name}.{name}", check) for name, check in stage.checks.items()]
         found |= dict(
             zip([name for name, _ in pending], await asyncio.gather(*(ask(c) for _, c in pending)), strict=True)

@@ -66,6 +66,11 @@ class Producer(driver.Producer):
         options: ResilienceOptions = self.app.resilience
         return options
 
+    @property
+    def usable(self) -> bool:
+        """Tell whether the client works or is about to be connected; a fenced or failed one does not."""
+        return self._producer is None or _usable(self._producer)
+
     def _settings_extra(self) -> Mapping[str, Any]:
         return {**super()._settings_extra(), **self.options.client, **self.options.producer}
 

@@ -74,6 +74,7 @@ class Consumer(driver.Consumer):
         self.last_commit_at: float | None = None
         self.last_fetch_at = time.monotonic()
         self.fetch_failures = 0
+        self.recreations = 0
         self.last_failure: str | None = None
         self._room: asyncio.Event | None = None
         self._committing: asyncio.Lock | None = None
@@ -404,6 +405,34 @@ class Consumer(driver.Consumer):
             self._committed_offset.pop(tp, None)
         self.app.forget_redeliveries()
 
+    async def recreate(self, why: str) -> None:
+        """Close the aiokafka consumer and build a new one inside the living app; it joins the group as a new member.
+
+        What was in flight is forgotten here and comes again from the committed offset.
+        """
+        topics = ",".join(sorted({topic for channel in self.app.topics for topic in channel.topics})) or "-"
+        self.log.warning("Consumer health check failed for topic '%s', triggering reconnection (%s)", topics, why)
+        app, assigned = self.app, set(self.ledgers)
+        try:
+            assigned |= self.assignment()
+        except driver.ConsumerNotStarted:
+            pass
+        # Before the flag of a rebalance is set: a fetcher that is cancelled within one asks for a supervisor it lacks.
+        self.stop_flow()
+        await app._stop_fetcher()
+        await self.commit()
+        app.on_rebalance_start()
+        app.flow_control.suspend()
+        self.pause_partitions(assigned)
+        app.flow_control.clear()
+        self.forget(assigned)
+        self.fetch_failures = 0
+        await self._thread.swap()
+        self.last_fetch_at = time.monotonic()
+        self.recreations += 1
+        self.accounts.recreations += 1
+        self.log.info("Successfully recreated consumer after error (attempt %d)", self.recreations)
+
     def lags(self) -> dict[TP, int]:
         """Return, for each partition read so far, the records between what is committed and the end of the log."""
         found = {}
@@ -430,5 +459,5 @@ class Transport(driver.Transport):
 
 
 def _size_of(record: Any) -> int:
-    # 100 bytes stand for the objects around key and value
-    return int(record.serialized_key_size) + int(record.serialized_value_size) + 100
+    # 500 bytes stand for aiokafka's record object and the objects around key and value (tracemalloc, CPython 3.11)
+    return int(record.serialized_key_size) + int(record.serialized_value_size) + 500
