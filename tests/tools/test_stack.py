@@ -273,6 +273,19 @@ def test_start_can_be_cancelled(small: Stack, monkeypatch: pytest.MonkeyPatch) -
         small.start()
 
 
+async def test_amqtt_stands_in_for_mosquitto(small: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without mosquitto the broker is amqtt: QoS 1 works, and what it lacks is said."""
+    monkeypatch.setattr(machine, "find_mosquitto", lambda: None)
+    said: list[str] = []
+    monkeypatch.setattr(small, "_report", said.append)
+    await asyncio.to_thread(small.start, "mqtt")
+    async with mqtt(small.env["MQTT_URL"], protocol=aiomqtt.ProtocolVersion.V311) as client:
+        await client.subscribe("x", qos=1)
+        await client.publish("x", b"1", qos=1)
+        assert (await anext(aiter(client.messages))).payload == b"1"
+    assert any(line.startswith("warning: mosquitto is not installed; amqtt") for line in said)
+
+
 # -- errors say what to do
 
 

@@ -34,24 +34,20 @@ class PostgreSQL(Part):
     stop_signal: ClassVar[signal.Signals] = signal.SIGINT  # "fast": connections are ended, the log is flushed
 
     def prepare(self) -> None:
-        """Lay out the cluster the first time (a folder of a broken attempt is made anew)."""
-        if not (self._cluster / "PG_VERSION").exists() or not self._password_file.exists():
-            shutil.rmtree(self._cluster, ignore_errors=True)
-            self._password_file.write_text(f"{self._rng.getrandbits(128):032x}\n")
-            self._password_file.chmod(0o600)
-            self._run(
-                "initdb",
-                "-D",
-                self._cluster,
-                "-U",
-                "postgres",
-                "--encoding=UTF8",
-                "--locale=C",
-                "--no-sync",
-                "--auth=password",
-                f"--pwfile={self._password_file}",
-            )
-            (self._cluster / "pg_hba.conf").write_text(_PG_HBA)
+        """Lay out the cluster the first time; the folder gets its name when it is complete."""
+        if self._cluster.exists():
+            return
+        draft = self.data / "cluster.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        self._password_file.write_text(f"{self._rng.getrandbits(128):032x}\n")
+        self._password_file.chmod(0o600)
+        self._run(
+            "initdb",
+            *("-D", draft, "-U", "postgres", "--encoding=UTF8", "--locale=C", "--no-sync"),
+            *("--auth=password", f"--pwfile={self._password_file}"),
+        )
+        (draft / "pg_hba.conf").write_text(_PG_HBA)
+        draft.rename(self._cluster)
 
     def command(self) -> Sequence[str | Path]:
         """Return the server's command."""

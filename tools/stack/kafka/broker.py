@@ -6,6 +6,7 @@ configuration alone.
 """
 
 import asyncio
+import shutil
 import subprocess
 import uuid
 from base64 import urlsafe_b64encode
@@ -18,8 +19,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from tools.stack import machine
 from tools.stack.errors import StackError
 from tools.stack.part import NotReadyError, Part
+from tools.stack.state import write_by_rename
 
-VERSION = "4.1.1"
 _HERE = Path(__file__).parent
 
 # One node holds every internal topic. Few partitions of them: each costs a folder and some start-up time.
@@ -71,13 +72,22 @@ class Kafka(Part):
         """Write server.properties; format the log folder the first time."""
         logs = self.data / "logs"
         self._properties.write_text(_PROPERTIES.format(port=self.port(), controller=self.port("controller"), logs=logs))
-        if (logs / "meta.properties").exists():
+        if self._cluster_file.exists():
             return
+        shutil.rmtree(logs, ignore_errors=True)  # what an interrupted attempt has left
         cluster = (
             urlsafe_b64encode(uuid.UUID(int=self._rng.getrandbits(128)).bytes).decode().rstrip("=").replace("-", "A")
         )
         done = subprocess.run(
-            [*self._java("-Xmx128m"), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", self._properties],
+            [
+                *self._java("-Xmx128m", "-XX:TieredStopAtLevel=1"),
+                "kafka.tools.StorageTool",
+                "format",
+                "-t",
+                cluster,
+                "-c",
+                self._properties,
+            ],
             capture_output=True,
             text=True,
             check=False,
@@ -86,7 +96,7 @@ class Kafka(Part):
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.open("a").write(done.stdout + done.stderr)
             raise StackError(f"Kafka's storage could not be formatted in {logs}.{self.advice()}")
-        self.state.put("identities", "kafka", cluster)
+        write_by_rename(self._cluster_file, cluster)
 
     def command(self) -> Sequence[str | Path]:
         """Return the broker's command: a small heap, and the collector that leaves the cores to the work."""
@@ -99,6 +109,10 @@ class Kafka(Part):
     def env(self) -> dict[str, str]:
         """KAFKA_BOOTSTRAP_SERVERS."""
         return {"KAFKA_BOOTSTRAP_SERVERS": self.address()}
+
+    @property
+    def _cluster_file(self) -> Path:
+        return self.data / "cluster-id"  # written last: with it, the log folder is formatted
 
     @property
     def _properties(self) -> Path:
@@ -116,8 +130,8 @@ class Kafka(Part):
             cluster = await admin.describe_cluster()
         finally:
             await admin.close()
-        ours = self.state.get("identities", "kafka")
-        if ours is not None and cluster["cluster_id"] != ours:
+        ours = self._cluster_file.read_text()
+        if cluster["cluster_id"] != ours:
             raise StackError(f"{self.address()} answers as cluster {cluster['cluster_id']}, ours is {ours}")
         if not cluster["brokers"]:
             raise NotReadyError("the broker is not registered yet")
