@@ -50,6 +50,8 @@ DEFAULT_LIMITS: Final = Limits()
 class Prepared:
     """One rule, ready to be evaluated. ``raises(value)`` opens, ``holds(value)`` keeps open; None for ``changed``.
 
+    ``whole``: it watches a device or an index, not its labels. ``timed``: it may need a timer while nothing is owed.
+
     Raises ``ValueError``, ``TypeError`` or ``KeyError`` for a rule that :func:`devices.alarms.rules.check_rule`
     refuses.
     """
@@ -73,6 +75,8 @@ class Prepared:
         "renotify",
         "rule",
         "schedule",
+        "timed",
+        "whole",
         "within",
     )
 
@@ -99,11 +103,9 @@ class Prepared:
             self.raises = compile_test(rule.math_operator, rule.threshold)
             clear = rule.clear_threshold
             self.holds = self.raises if clear is None else compile_test(rule.math_operator, clear)
-
-    @property
-    def whole(self) -> bool:
-        """True where silence is all the rule asks for and no label is named: one state for the device or the index."""
-        return self.raises is None and not self.on_change and self.label is None
+        # Silence is all the rule asks for and no label is named: one state for the device or the index.
+        self.whole = self.raises is None and not self.on_change and self.label is None
+        self.timed = bool(self.duration or self.no_data or self.renotify)
 
 
 def compares(rule: AlarmRule) -> bool:

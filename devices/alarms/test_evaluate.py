@@ -143,7 +143,7 @@ def reference(rule: AlarmRule, readings: list[Sample], end: float) -> list[tuple
         if not past:
             return None
         if rule.threshold and isinstance(value, int | float) and isinstance(past[-1], int | float):
-            return abs(value - past[-1]) >= rule.threshold
+            return bool(abs(value - past[-1]) >= rule.threshold)
         return bool(value != past[-1])
 
     found: list[tuple[str, float, float]] = []
