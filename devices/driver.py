@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 from jsonschema import Draft202012Validator
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from devices.profiles import Profile
 
 JsonSchema = dict[str, Any]
+
+# No device samples so much between two messages; a message that pretends to must not fill the memory.
+MAX_READINGS: Final = 20_000
 
 
 class Downlink(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,8 +63,8 @@ class CommandTraits(msgspec.Struct, frozen=True, kw_only=True):
     """How the command stage may treat a command type.
 
     ``repeatable``: sent twice it does what it does sent once. ``supersedes``: a newer one of the same device makes an
-    older one that is still queued pointless. ``confirmed``: the device answers with feedback; without it SENT or
-    DELIVERED is the last that will be heard of it and counts as success.
+    older one that is still queued pointless. ``confirmed``: the device answers with feedback; without it,
+    delivery is the last that will be heard of the command.
     """
 
     repeatable: bool = False

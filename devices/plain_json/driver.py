@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final
 
 from devices import jsontext
-from devices.driver import Driver
+from devices.driver import MAX_READINGS, Driver
 from devices.model import DecodeError, Reading, Uplink, Value
 from devices.profiles import Profile
 
@@ -86,6 +86,8 @@ class PlainJsonDriver(Driver):
         _flatten(fields, "", values)
         for path, value in values.items():
             shape = profile.shape(path, (path,))
+            if len(out) >= MAX_READINGS:
+                raise DecodeError(f"the payload has more than {MAX_READINGS} values")
             out.append(
                 Reading(
                     request_id=uplink.request_id,

@@ -1,0 +1,1 @@
+"""Efento NB-IoT sensors: protobuf over CoAP."""
