@@ -74,6 +74,20 @@ def test_settings_and_every_file_at_once(env: dict[str, str], config: Path) -> N
     assert "fluxor" in driver.allowed
 
 
+def test_alarm_rules_are_checked_with_the_profiles(env: dict[str, str], config: Path) -> None:
+    """A rule that contradicts itself, or names a profile that isn't there, is a finding at its line."""
+    condition = "    index: T\n    math_operator: '>'\n    threshold: 5\n"
+    (config / "alarms.yaml").write_text(
+        f"alarms:\n  - id: hot\n    profile: none_such\n{condition}"
+        f"  - id: cold\n    device_id: a\n{condition}    clear_threshold: 9\n"
+    )
+    found = collect(env, connect=False)
+    assert [(finding.file, finding.line) for finding in found] == [
+        (str(config / "alarms.yaml"), line) for line in (3, 12)
+    ]
+    assert "plain_json" in found[0].allowed
+
+
 def test_what_is_not_yaml_names_its_line(env: dict[str, str], config: Path) -> None:
     """A file that YAML cannot read is one finding at the line where reading ended."""
     (config / "devices.yaml").write_text("devices:\n  - device_id: a\n   name: [\n")
