@@ -140,7 +140,17 @@ class Shape:
     is a boolean or a finite number. ``bad_names``: positions whose label (or all, where the index) no store can hold.
     """
 
-    __slots__ = ("bad_names", "checks", "display_names", "index", "labels", "max_age_seconds", "metadata", "trusted")
+    __slots__ = (
+        "bad_names",
+        "checks",
+        "display_names",
+        "free",
+        "index",
+        "labels",
+        "max_age_seconds",
+        "metadata",
+        "trusted",
+    )
 
     def __init__(
         self,
@@ -160,6 +170,8 @@ class Shape:
         self.trusted = trusted
         everywhere = _bad_name(index)
         self.bad_names = tuple(n for n, label in enumerate(labels) if everywhere or _bad_name(label))
+        # Nothing to check but the time of the sample.
+        self.free = trusted and not checks and not self.bad_names
         ages = [rule.max_age_seconds for _, rule in checks if rule.max_age_seconds is not None]
         self.max_age_seconds = min(ages, default=None)
 

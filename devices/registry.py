@@ -210,19 +210,24 @@ class Registry:
 
         A device that the configuration gives a profile gets that one where several match.
         """
-        fitting = [
-            candidate
-            for candidate in self.candidates(uplink.protocol, uplink.route)
-            if (candidate.match.payload is None or candidate.match.payload.accepts(uplink.data))
-            and (not candidate.match.devices or _allowed(uplink.device_id, candidate.match.devices))
-        ]
-        if not fitting:
+        device_id = uplink.device_id
+        entry = self._devices.get(device_id)
+        first: Candidate | None = None
+        for candidate in self.candidates(uplink.protocol, uplink.route):
+            match = candidate.match
+            if match.payload is not None and not match.payload.accepts(uplink.data):
+                continue
+            if match.devices and not _allowed(device_id, match.devices):
+                continue
+            if entry is None:
+                return candidate.profile, match
+            if candidate.profile.name == entry.profile:
+                first = candidate
+                break
+            first = first or candidate
+        if first is None or entry is None:
             return None
-        entry = self._devices.get(uplink.device_id)
-        if entry is None:
-            return fitting[0].profile, fitting[0].match
-        chosen = next((c for c in fitting if c.profile.name == entry.profile), fitting[0])
-        return self._override(entry, chosen.profile), chosen.match
+        return self._override(entry, first.profile), first.match
 
     def match(self, uplink: Uplink) -> Profile | None:
         """Return the profile of ``uplink``, None where nothing matches."""

@@ -128,14 +128,22 @@ def validate(readings: Sequence[Reading], profile: Profile, received_at: datetim
     kept: list[Reading] = []
     rejections: list[Rejection] = []
     latest = received_at + MAX_AHEAD
+    checked_at: datetime | None = None
+    ahead = False
     for reading in readings:
         shape = profile.shape_of(reading.index, reading.labels)
+        # The readings of a message mostly share one time, the very object.
+        if reading.timestamp is not checked_at:
+            checked_at = reading.timestamp
+            ahead = checked_at > latest
+        if shape.free and not ahead:
+            kept.append(reading)
+            continue
         bad: dict[int, str]
-        if reading.timestamp > latest:
+        if ahead:
             bad = dict.fromkeys(range(len(reading.values)), "in_future")
-        elif (
-            shape.max_age_seconds is not None
-            and (received_at - reading.timestamp).total_seconds() > shape.max_age_seconds
+        elif shape.max_age_seconds is not None and (
+            (received_at - reading.timestamp).total_seconds() > shape.max_age_seconds
         ):
             bad = dict.fromkeys(range(len(reading.values)), "too_old")
         else:
