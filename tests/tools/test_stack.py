@@ -1,7 +1,6 @@
 """The embedded stack, against the real servers: they answer, their data last, and nothing of it is left behind."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -10,56 +9,25 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiokafka
 import aiomqtt
 import asyncpg
-import psutil
 import pytest
 import redis.asyncio
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from tests.tools.support import CONNECTIONS, NAMES, ROOT, mails, until
 from tools.stack import Stack, StackError, machine, processes
 from tools.stack.processes import ProcessId
-
-ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("kafka", "postgresql", "valkey", "mqtt", "smtp")
-CONNECTIONS = {
-    "KAFKA_BOOTSTRAP_SERVERS",
-    "DATABASE_URL",
-    "REDIS_URL",
-    "MQTT_URL",
-    "SMTP_URL",
-    "INBOX_URL",
-    "COAP_BIND",
-    "WEB_BIND",
-    "DATA_DIR",
-    "BROKER_PROFILE",
-}
-
-
-def until(holds: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"still not so after {seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def mqtt(url: str, **options: object) -> aiomqtt.Client:
     """Return a client of the broker at `url`."""
     host, port = url.removeprefix("mqtt://").split(":")
     return aiomqtt.Client(host, int(port), **options)  # type: ignore[arg-type]
-
-
-def mails(env: dict[str, str]) -> list[dict[str, object]]:
-    """Return what the inbox lists."""
-    with urllib.request.urlopen(f"{env['INBOX_URL']}/messages.json") as answer:  # noqa: S310 - our own page
-        return json.loads(answer.read())
 
 
 # -- one stack of all parts, shared
@@ -308,142 +276,3 @@ def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:
     """A part that does not exist is named, with those that do."""
     with pytest.raises(StackError, match="has no part rabbitmq; it has kafka"):
         Stack(tmp_path, {"rabbitmq"})
-
-
-# -- the command
-
-
-class Command:
-    """`python -m tools.stack` as a process of its own."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.env_file = folder / "stack.env"
-        self.folder = folder
-        environment = os.environ | {"HEADRACE_STATE": str(folder)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.stack", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def ready(self) -> dict[str, str]:
-        """Wait for stack.env and return it."""
-        until(lambda: self.env_file.exists() or self.process.poll() is not None, "stack.env is written")
-        return dict(line.split("=", 1) for line in self.env_file.read_text().splitlines())
-
-    def parts(self) -> dict[str, int]:
-        """Return the recorded processes of the parts."""
-        return {k: v[0] for k, v in json.loads((self.folder / "stack.json").read_text())["processes"].items()}
-
-    def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Send a signal; return the exit code and what was printed."""
-        self.process.send_signal(number)
-        printed, _ = self.process.communicate(timeout=60)
-        return self.process.returncode, printed
-
-
-@pytest.fixture
-def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Start the command on one folder, as often as a test likes; whatever is left is ended."""
-    started: list[Command] = []
-
-    def start(*arguments: str) -> Command:
-        started.append(Command(tmp_path / "state", *arguments))
-        return started[-1]
-
-    yield start
-    for one in started:
-        with contextlib.suppress(ProcessLookupError):
-            one.process.kill()
-        one.process.communicate()
-    stale = Stack(tmp_path / "state", ())
-    stale.acquire()
-    stale.stop(discard=True)
-
-
-WITHOUT = ("--without", "kafka", "--without", "postgresql")
-
-
-def test_command_runs_all_and_ends_all(command: Callable[..., Command]) -> None:
-    """stack.env appears once everything answers, equals what is printed, and TERM stops every process it started."""
-    one = command()
-    env = one.ready()
-    assert set(env) == CONNECTIONS
-    parts = one.parts()
-    assert set(parts) == set(NAMES)
-    code, printed = one.end(signal.SIGTERM)
-    assert code == 0
-    assert "".join(f"{k}={v}\n" for k, v in env.items()) in printed
-    assert not any(processes.start_mark(pid) for pid in parts.values())
-    assert not one.env_file.exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_command_ends_on_other_signals(command: Callable[..., Command], number: signal.Signals) -> None:
-    """Ctrl-C and a closed terminal stop it as TERM does."""
-    one = command(*WITHOUT)
-    one.ready()
-    parts = one.parts()
-    assert one.end(number)[0] == 0
-    assert not any(processes.start_mark(pid) for pid in parts.values())
-
-
-def test_orphans_of_a_killed_command_are_ended(command: Callable[..., Command]) -> None:
-    """After SIGKILL of the command its servers live on; the next start ends exactly them and keeps data and ports."""
-    one = command("--without", "kafka")
-    env = one.ready()
-    orphans = one.parts()
-    with smtplib.SMTP("127.0.0.1", int(env["SMTP_URL"].rsplit(":", 1)[1])) as client:
-        client.sendmail("a@localhost", ["b@localhost"], b"Subject: kept\r\n\r\nbody\r\n")
-    one.end(signal.SIGKILL)
-    assert all(processes.start_mark(pid) for pid in orphans.values())
-    two = command("--without", "kafka")
-    until(lambda: not any(processes.start_mark(pid) for pid in orphans.values()), "the orphans are gone")
-    until(lambda: "mqtt" in two.parts(), "the parts are recorded anew")
-    assert two.ready() == env
-    assert [m["subject"] for m in mails(env)] == ["kept"]
-    code, printed = two.end(signal.SIGTERM)
-    assert code == 0
-    assert all(f"ending process {pid}, left by a stack that was killed" in printed for pid in orphans.values())
-
-
-def test_second_command_is_refused_and_leaves_the_first_alone(command: Callable[..., Command]) -> None:
-    """A second stack on the folder exits 1 naming the first one's process; stack.env stays."""
-    one = command(*WITHOUT)
-    one.ready()
-    two = command(*WITHOUT)
-    printed, _ = two.process.communicate(timeout=60)
-    assert two.process.returncode == 1
-    assert f"process {one.process.pid}" in printed
-    assert one.env_file.exists()
-    assert one.process.poll() is None
-
-
-def test_command_starts_a_part_again_that_ended(command: Callable[..., Command]) -> None:
-    """A server that is killed from outside comes back on its port."""
-    one = command(*WITHOUT)
-    env = one.ready()
-    killed = one.parts()["valkey"]
-    psutil.Process(killed).kill()
-    until(lambda: one.parts().get("valkey") not in (None, killed), "Valkey is started again")
-    port = int(env["REDIS_URL"].rsplit(":", 1)[1].split("/")[0])
-    until(
-        lambda: processes.listens(ProcessId(pid := one.parts()["valkey"], processes.start_mark(pid)), port),
-        "it listens",
-    )
-    code, printed = one.end(signal.SIGTERM)
-    assert code == 0
-    assert "Valkey ended by itself" in printed
-
-
-def test_part_left_out_passes_the_users_setting_on(
-    command: Callable[..., Command], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`--without kafka` starts no broker and writes the setting that leads to the user's own."""
-    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "kafka.example:9092")
-    one = command(*WITHOUT)
-    assert one.ready()["KAFKA_BOOTSTRAP_SERVERS"] == "kafka.example:9092"
-    assert "kafka" not in one.parts()

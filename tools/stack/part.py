@@ -9,6 +9,7 @@ The methods block and belong to no event loop; from a coroutine call them with `
 
 import abc
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -130,8 +131,7 @@ class Part(abc.ABC):
         """Wait until the running server answers; StackError when it ends or the time is over."""
         deadline = time.monotonic() + (timeout_seconds or self.ready_seconds)
         while True:
-            if self.state.cancelled.is_set():
-                raise StackError(f"{self.title} was told to stop while it started")
+            self._give_up_when_cancelled()
             if not self.alive:
                 code = self._child.poll() if self._child else None
                 raise StackError(f"{self.title} ended while it started (exit code {code}).{self.advice()}")
@@ -174,6 +174,24 @@ class Part(abc.ABC):
         """Let a frozen server go on (SIGCONT)."""
         self.kill(signal.SIGCONT)
 
+    # -- for the servers
+
+    def fresh_draft(self) -> Path:
+        """Return a path in `data` where data are laid out before they get their name; a broken attempt is removed."""
+        draft = self.data / "draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        return draft
+
+    def run(self, *command: str | Path) -> None:
+        """Run a program of the server's to its end, on record like the server itself; StackError when it fails."""
+        self._child = processes.spawn(command, log=self.log, cwd=ROOT, record=self._record)
+        while (code := self._child.poll()) is None:
+            self._give_up_when_cancelled()
+            time.sleep(_POLL_SECONDS)
+        self._forget()
+        if code:
+            raise StackError(f"{self.title} could not lay out its data in {self.data}.{self.advice()}")
+
     # -- inside
 
     def _probe_ours(self) -> None:
@@ -182,6 +200,10 @@ class Part(abc.ABC):
             if not processes.listens(self._process, self.port(name)):
                 raise NotReadyError(f"it does not listen on port {self.port(name)} yet")
         self.probe()
+
+    def _give_up_when_cancelled(self) -> None:
+        if self.state.cancelled.is_set():
+            raise StackError(f"{self.title} was told to stop while it started")
 
     def _choose_ports(self, *, keep: bool) -> None:
         for name in self.port_names:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -37,14 +36,21 @@ class PostgreSQL(Part):
         """Lay out the cluster the first time; the folder gets its name when it is complete."""
         if self._cluster.exists():
             return
-        draft = self.data / "cluster.draft"
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = self.fresh_draft()
         self._password_file.write_text(f"{self._rng.getrandbits(128):032x}\n")
         self._password_file.chmod(0o600)
-        self._run(
-            "initdb",
-            *("-D", draft, "-U", "postgres", "--encoding=UTF8", "--locale=C", "--no-sync"),
-            *("--auth=password", f"--pwfile={self._password_file}"),
+        self.run(
+            *_as_nobody(),
+            _postgresql_programs() / "initdb",
+            "-D",
+            draft,
+            "-U",
+            "postgres",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+            "--auth=password",
+            f"--pwfile={self._password_file}",
         )
         (draft / "pg_hba.conf").write_text(_PG_HBA)
         draft.rename(self._cluster)
@@ -84,14 +90,6 @@ class PostgreSQL(Part):
     @property
     def _password_file(self) -> Path:
         return self.data / "password"
-
-    def _run(self, program: str, *arguments: str | Path) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as output:
-            command = [*_as_nobody(), _postgresql_programs() / program, *arguments]
-            done = subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise StackError(f"PostgreSQL's {program} failed in {self.data}.{self.advice()}")
 
     async def _connect(self) -> asyncpg.Connection:
         return await asyncpg.connect(

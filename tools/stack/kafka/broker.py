@@ -6,8 +6,6 @@ configuration alone.
 """
 
 import asyncio
-import shutil
-import subprocess
 import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
@@ -19,7 +17,6 @@ from aiokafka.admin import AIOKafkaAdminClient
 from tools.stack import machine
 from tools.stack.errors import StackError
 from tools.stack.part import NotReadyError, Part
-from tools.stack.state import write_by_rename
 
 _HERE = Path(__file__).parent
 
@@ -69,34 +66,21 @@ class Kafka(Part):
     variable: ClassVar[str] = "KAFKA_BOOTSTRAP_SERVERS"
 
     def prepare(self) -> None:
-        """Write server.properties; format the log folder the first time."""
-        logs = self.data / "logs"
-        self._properties.write_text(_PROPERTIES.format(port=self.port(), controller=self.port("controller"), logs=logs))
-        if self._cluster_file.exists():
-            return
-        shutil.rmtree(logs, ignore_errors=True)  # what an interrupted attempt has left
-        cluster = (
-            urlsafe_b64encode(uuid.UUID(int=self._rng.getrandbits(128)).bytes).decode().rstrip("=").replace("-", "A")
-        )
-        done = subprocess.run(
-            [
+        """Format the log folder the first time, under its name only when it is complete; write server.properties."""
+        if not self._logs.exists():
+            draft = self.fresh_draft()
+            self._write_properties(draft)
+            self.run(
                 *self._java("-Xmx128m", "-XX:TieredStopAtLevel=1"),
                 "kafka.tools.StorageTool",
                 "format",
                 "-t",
-                cluster,
+                self._new_cluster_id(),
                 "-c",
                 self._properties,
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self.log.open("a").write(done.stdout + done.stderr)
-            raise StackError(f"Kafka's storage could not be formatted in {logs}.{self.advice()}")
-        write_by_rename(self._cluster_file, cluster)
+            )
+            draft.rename(self._logs)
+        self._write_properties(self._logs)
 
     def command(self) -> Sequence[str | Path]:
         """Return the broker's command: a small heap, and the collector that leaves the cores to the work."""
@@ -111,8 +95,21 @@ class Kafka(Part):
         return {"KAFKA_BOOTSTRAP_SERVERS": self.address()}
 
     @property
-    def _cluster_file(self) -> Path:
-        return self.data / "cluster-id"  # written last: with it, the log folder is formatted
+    def _logs(self) -> Path:
+        return self.data / "logs"
+
+    def _cluster_id(self) -> str | None:
+        lines = (self._logs / "meta.properties").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line).get("cluster.id")
+
+    def _new_cluster_id(self) -> str:
+        # A UUID as Kafka writes it; a leading "-" would be taken for an option.
+        raw = uuid.UUID(int=self._rng.getrandbits(128)).bytes
+        return urlsafe_b64encode(raw).decode().rstrip("=").replace("-", "A")
+
+    def _write_properties(self, logs: Path) -> None:
+        text = _PROPERTIES.format(port=self.port(), controller=self.port("controller"), logs=logs)
+        self._properties.write_text(text)
 
     @property
     def _properties(self) -> Path:
@@ -130,8 +127,7 @@ class Kafka(Part):
             cluster = await admin.describe_cluster()
         finally:
             await admin.close()
-        ours = self._cluster_file.read_text()
-        if cluster["cluster_id"] != ours:
+        if cluster["cluster_id"] != (ours := self._cluster_id()):
             raise StackError(f"{self.address()} answers as cluster {cluster['cluster_id']}, ours is {ours}")
         if not cluster["brokers"]:
             raise NotReadyError("the broker is not registered yet")
