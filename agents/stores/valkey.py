@@ -59,7 +59,7 @@ _SCRIPT: Final = """
 local function stamp(json)
   local day, fraction = string.match(json, '"timestamp":"(%d%d%d%d%-%d%d%-%d%dT%d%d:%d%d:%d%d)%.?(%d*)')
   if not day then return '' end
-  return day .. string.sub(fraction .. '000000000', 1, 9)
+  return day .. fraction
 end
 local ttl = tonumber(ARGV[1])
 local reply = {0, 0, 0}

@@ -125,6 +125,17 @@ async def test_what_was_accepted_survives_the_death_of_the_server(sink: Sink, st
     assert await sink.stored() == sink.expected(readings)
 
 
+async def test_a_restart_that_nobody_saw_costs_nothing(sink: Sink, stack_session: Stack) -> None:
+    """Connections that a restart has made stale are replaced without an error."""
+    readings = samples()
+    await asyncio.gather(*(sink.write(readings[n::4]) for n in range(4)))
+    part = stack_session.part(sink.part)
+    await asyncio.to_thread(part.stop)
+    await asyncio.to_thread(part.start)
+    for n in range(4):
+        assert await sink.write(readings[n::4]) == []
+
+
 async def test_a_server_killed_again_and_again_loses_nothing(sink: Sink, stack_session: Stack) -> None:
     """A writer that only tries again what failed has everything stored once, whenever the server is killed."""
     readings = samples(seconds=200)

@@ -191,9 +191,12 @@ async def test_an_end_stays(store: ReadingStore, end: CommandState) -> None:
 
 async def test_a_step_repeated_later_brings_its_detail(store: ReadingStore) -> None:
     """A second attempt to send shows; an older one does not come back."""
-    await store.write_command_statuses([status("SENT", 5, "second attempt"), status("SENT", 2, "first attempt")])
-    stored = await store.command("c")
-    assert stored is not None and stored["detail"] == "second attempt"
+    steps = [status("SENT", 2, "first attempt"), status("SENT", 5, "second attempt")]
+    for request_id, order in (("c1", steps), ("c2", steps[::-1])):
+        for step in order:
+            await store.write_command_statuses([msgspec.structs.replace(step, request_id=request_id)])
+        stored = await store.command(request_id)
+        assert stored is not None and stored["detail"] == "second attempt"
 
 
 async def test_a_command_that_nobody_has_touched_is_queued(store: ReadingStore) -> None:
