@@ -42,8 +42,8 @@ class _Visit(NamedTuple):
     said: Mapping[str, Any] | None = None
 
 
-def _unknown(device_id: str) -> DeviceInfo:
-    return DeviceInfo(device_id=device_id)
+def _nothing_known(_device_id: str) -> DeviceInfo | None:
+    return None
 
 
 class AlarmEngine:
@@ -59,7 +59,7 @@ class AlarmEngine:
         states: MutableMapping[str, bytes],
         rules: Iterable[AlarmRule] = (),
         *,
-        devices: Callable[[str], DeviceInfo | None] = _unknown,
+        devices: Callable[[str], DeviceInfo | None] = _nothing_known,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.states = states
@@ -80,15 +80,16 @@ class AlarmEngine:
     def process(self, reading: Reading, info: DeviceInfo | None, now: float) -> Sequence[Alert]:
         """Let one reading count under every rule that names it; returns the transitions, in order.
 
-        ``info`` None: the device is known by its messages alone, its profile is what the reading's metadata says.
+        ``info`` None: the device is known by its messages alone. A profile that it does not name is the one that the
+        reading's metadata does.
         """
         device_id = reading.device_id
         metadata = reading.metadata
         if info is None:
-            info = DeviceInfo(device_id=device_id, profile=metadata.get("profile"))
+            info = DeviceInfo(device_id=device_id)
         elif not info.active:
             return _NONE
-        rules = self.index.rules_for(device_id, info.profile, info.tags, reading.index)
+        rules = self.index.rules_for(device_id, info.profile or metadata.get("profile"), info.tags, reading.index)
         if not rules:
             return _NONE
         time = reading.timestamp.timestamp()
@@ -319,7 +320,7 @@ class AlarmEngine:
         present = self.index.rules.get(series.rule_id)
         rule = self.index.get(series.rule_id)
         known = info or self._devices(series.device_id)
-        visit = _Visit(known or _unknown(series.device_id), now)
+        visit = _Visit(known or DeviceInfo(device_id=series.device_id), now)
         silent = rule is not None and (
             self.is_muted(rule, visit.info, now) or (rule.quiet is not None and rule.quiet.contains(now))
         )
@@ -353,7 +354,7 @@ class AlarmEngine:
     # Alerts
 
     def _info(self, device_id: str) -> DeviceInfo:
-        return self._devices(device_id) or _unknown(device_id)
+        return self._devices(device_id) or DeviceInfo(device_id=device_id)
 
     def _tell(
         self,

@@ -68,11 +68,11 @@ class RuleIndex:
         return found
 
     def applies(self, rule: Prepared, info: DeviceInfo) -> bool:
-        """Tell whether ``rule`` names the device."""
+        """Tell whether ``rule`` names the device; it may where the device's profile is only known by its messages."""
         mine = rule.rule
         return info.active and (
             (mine.device_id is not None and mine.device_id == info.device_id)
-            or (mine.profile is not None and mine.profile == info.profile)
+            or (mine.profile is not None and info.profile in (mine.profile, None))
             or (mine.tag is not None and mine.tag in info.tags)
         )
 
