@@ -254,7 +254,7 @@ class Profile:
         ``units`` and ``display_names`` have the length of ``labels``; where the driver has none, the unit is empty
         and the name is the label.
         """
-        key = (index, *labels)
+        key = (index, tuple(labels), None if units is None else tuple(units), category)
         found = self._by_labels.get(key)
         if found is not None:
             return found
@@ -267,7 +267,7 @@ class Profile:
             persist=persist,
             trusted=trusted,
         )
-        if sum(map(len, key)) > MAX_CACHED_CHARS:
+        if len(index) + sum(map(len, labels)) > MAX_CACHED_CHARS:
             return shape
         if len(self._by_labels) >= MAX_CACHED:
             # Shapes that drivers hold on to go on working: they are found by their labels, or built again.
@@ -312,7 +312,7 @@ class Profile:
         shape = self._shapes.get(id(labels))
         if shape is not None and shape.index == index:
             return shape
-        return self._by_labels.get((index, *labels)) or self._build(index, labels)
+        return self._by_labels.get((index, tuple(labels), None, None)) or self._build(index, labels)
 
     def overridden(self, config: Mapping[str, Any]) -> Profile:
         """Return this profile with a device's overrides (``category``, ``options``, ``values`` as in a profile

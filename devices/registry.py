@@ -27,6 +27,7 @@ from devices.model import DecodeError, Uplink
 from devices.profiles import Match, Profile, compile_profile
 
 DRIVERS: Final[Mapping[str, str]] = {
+    "cbor_map": "devices.cbor_map.driver:CborMapDriver",
     "efento": "devices.efento.driver:EfentoDriver",
     "fluxor": "devices.fluxor.driver:FluxorDriver",
     "light_controller": "devices.light_controller.driver:LightControllerDriver",
