@@ -22,7 +22,7 @@ import asyncpg
 from asyncpg.exceptions import _base as asyncpg_base
 
 from agents.stores.base import BadRow
-from agents.stores.migrate import migrate
+from agents.stores.migrate import is_current, migrate
 
 __all__ = ["Connection", "Database", "ItemsRefused"]
 
@@ -36,6 +36,8 @@ Item = TypeVar("Item")
 _REFUSED_SQLSTATES = ("22", "23", "54")
 # Undefined table, undefined column, undefined schema: what a database made anew answers.
 _SCHEMA_GONE = ("42P01", "42703", "3F000")
+# A migration may go through a large table, and others may have to wait for it.
+_MIGRATION_SECONDS = 600.0
 
 
 class ItemsRefused(Exception):
@@ -76,7 +78,8 @@ class Database:
         self._url = url
         self._pool_size = pool_size
         self._connect_timeout = connect_timeout_seconds
-        self._deadline = statement_timeout_seconds + connect_timeout_seconds + slack_seconds
+        self._work_seconds = statement_timeout_seconds + connect_timeout_seconds + slack_seconds
+        self._ping_seconds = connect_timeout_seconds + slack_seconds
         statement_timeout_ms = str(max(1, round(statement_timeout_seconds * 1000)))
         self._server_settings = {
             "application_name": application_name,
@@ -87,6 +90,7 @@ class Database:
             "timezone": "UTC",
         }
         self._slots = asyncio.Semaphore(pool_size)
+        self._pinging = asyncio.Lock()
         self._migrating = asyncio.Lock()
         self._schema_ready = False
         self._pool: Any = None
@@ -97,7 +101,7 @@ class Database:
             self._pool = await asyncpg.create_pool(
                 self._url,
                 min_size=0,
-                max_size=self._pool_size,
+                max_size=self._pool_size + 1,
                 timeout=self._connect_timeout,
                 server_settings=self._server_settings,
                 # Nothing of a session is changed by the work here, so a reset would be a round trip for nothing.
@@ -116,50 +120,60 @@ class Database:
             pool.terminate()
 
     async def ping(self) -> None:
-        """Return once the server has answered and the schema is up to date; raise the library's exception otherwise."""
-        async with self.connection() as connection:
-            await connection.execute("SELECT 1")
+        """Return once the server has answered and the schema is up to date; raise the library's exception otherwise.
+
+        Does not queue behind the writes: one connection of the pool is kept for it.
+        """
+        async with self._pinging:
+            if not self._schema_ready:
+                await self._prepare_schema()
+            async with self._lend(self._ping_seconds) as connection:
+                await connection.execute("SELECT 1")
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Lend a connection to a database with the right schema, until the deadline."""
-        if self._pool is None:
-            raise asyncpg.InterfaceError("the store is not started, or stopped already: call start() first")
-        async with self._slots, asyncio.timeout(self._deadline):
+        async with self._slots:
             if not self._schema_ready:
                 await self._prepare_schema()
-            async with self._lend() as connection:
+            async with self._lend(self._work_seconds) as connection:
                 yield connection
 
     async def _prepare_schema(self) -> None:
         async with self._migrating:
             if self._schema_ready:
                 return
-            async with self._lend() as connection:
-                await migrate(connection)
+            async with self._lend(self._work_seconds) as connection:
+                current = await is_current(connection)
+            if not current:
+                async with self._lend(_MIGRATION_SECONDS) as connection:
+                    await migrate(connection)
             self._schema_ready = True
 
     @contextlib.asynccontextmanager
-    async def _lend(self) -> AsyncIterator[Connection]:
+    async def _lend(self, seconds: float) -> AsyncIterator[Connection]:
         pool = self._pool
-        connection = await pool.acquire()
-        clean = False
-        try:
-            yield connection
-            clean = True
-        except asyncpg.PostgresError as exc:
-            # The server answered: the connection is fit for use, unless the answer was its good-bye.
-            clean = not connection.is_closed() and not connection.is_in_transaction()
-            if exc.sqlstate in _SCHEMA_GONE:
-                self._schema_ready = False
-            raise
-        except ItemsRefused:
-            clean = not connection.is_in_transaction()
-            raise
-        finally:
-            if not clean:
-                connection.terminate()
-            await pool.release(connection)
+        if pool is None:
+            raise asyncpg.InterfaceError("the store is not started, or stopped already: call start() first")
+        async with asyncio.timeout(seconds):
+            connection = await pool.acquire()
+            clean = False
+            try:
+                yield connection
+                clean = True
+            except asyncpg.PostgresError as exc:
+                # The server answered: the connection is fit for use, unless the answer was its good-bye.
+                clean = not connection.is_closed() and not connection.is_in_transaction()
+                if exc.sqlstate in _SCHEMA_GONE:
+                    self._schema_ready = False
+                raise
+            except ItemsRefused:
+                clean = not connection.is_in_transaction()
+                raise
+            finally:
+                if not clean:
+                    connection.terminate()
+                await pool.release(connection)
 
     @contextlib.asynccontextmanager
     async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[Connection]:

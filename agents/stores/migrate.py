@@ -22,7 +22,7 @@ import asyncpg
 
 from streams.resilience.failures import Fatal
 
-__all__ = ["Migration", "known_migrations", "migrate"]
+__all__ = ["Migration", "is_current", "known_migrations", "migrate"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,40 +76,70 @@ def known_migrations() -> tuple[Migration, ...]:
     return tuple(found)
 
 
+async def is_current(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+    """Return whether the database has exactly the known schema; raise :class:`Fatal` like :func:`migrate`."""
+    return await _pending(connection, known_migrations()) == []
+
+
 async def migrate(
     connection: asyncpg.Connection[asyncpg.Record], migrations: tuple[Migration, ...] | None = None
 ) -> list[int]:
-    """Bring the database behind ``connection`` up to date and return the versions that were applied (often none)."""
+    """Bring the database behind ``connection`` up to date and return the versions that were applied (often none).
+
+    When this is cancelled or raises anything but asyncpg's ``PostgresError``, the lock and the transaction are still the
+    connection's: terminate it. (Asking a server that does not answer to roll back would wait for it.)
+    """
     migrations = known_migrations() if migrations is None else migrations
     if await _pending(connection, migrations) == []:
         return []
     await connection.execute("SELECT pg_advisory_lock($1)", _LOCK)
     try:
-        pending = await _pending(connection, migrations)
-        if pending == []:
-            return []
-        timescale = await _timescale(connection)
-        async with connection.transaction():
-            if pending is None:
-                await connection.execute(_CREATE_SCHEMA_TABLE)
-                pending = list(migrations)
-            for migration in pending:
-                await connection.execute(migration.sql)
-                await connection.execute(
-                    "INSERT INTO headrace_schema (version, name, checksum) VALUES ($1, $2, $3)",
-                    migration.version,
-                    migration.name,
-                    migration.checksum,
-                )
-            if timescale and any(migration.name == "readings" for migration in pending):
-                await connection.execute(_MAKE_HYPERTABLE)
-    finally:
-        # The lock is the session's: it must not outlive this call on a pooled connection.
+        applied = await _apply(connection, migrations)
+    except asyncpg.PostgresError:
         if not connection.is_closed():
+            await connection.execute("ROLLBACK")
             await connection.execute("SELECT pg_advisory_unlock($1)", _LOCK)
-    applied = [migration.version for migration in pending]
-    logger.info("database schema brought to version %d%s", applied[-1], " (TimescaleDB)" if timescale else "")
+        raise
+    await connection.execute("SELECT pg_advisory_unlock($1)", _LOCK)
+    if applied:
+        logger.info("database schema brought to version %d", applied[-1])
     return applied
+
+
+async def _apply(connection: asyncpg.Connection[asyncpg.Record], migrations: tuple[Migration, ...]) -> list[int]:
+    pending = await _pending(connection, migrations)
+    if pending == []:
+        return []
+    timescale = await _timescale(connection)
+    await connection.execute("BEGIN")
+    # A step may have a large table to go through; the caller's bound is what holds.
+    await connection.execute("SET LOCAL statement_timeout = 0")
+    if pending is None:
+        await connection.execute(_CREATE_SCHEMA_TABLE)
+        pending = list(migrations)
+    for migration in pending:
+        await connection.execute(migration.sql)
+        await connection.execute(
+            "INSERT INTO headrace_schema (version, name, checksum) VALUES ($1, $2, $3)",
+            migration.version,
+            migration.name,
+            migration.checksum,
+        )
+    if timescale and any(migration.name == "readings" for migration in pending):
+        await _make_hypertable(connection)
+    await connection.execute("COMMIT")
+    return [migration.version for migration in pending]
+
+
+async def _make_hypertable(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    await connection.execute("SAVEPOINT hypertable")
+    try:
+        await connection.execute(_MAKE_HYPERTABLE)
+    except asyncpg.PostgresError as exc:
+        await connection.execute("ROLLBACK TO hypertable")
+        logger.warning("TimescaleDB cannot make readings a hypertable (%s); it stays an ordinary table", exc)
+    else:
+        logger.info("readings is a TimescaleDB hypertable")
 
 
 async def _pending(
@@ -134,6 +164,16 @@ async def _pending(
                 "content than this Headrace has: migrations must not be edited; restore agents/stores/migrations"
             )
     return [migration for migration in migrations if migration.version not in applied]
+
+
+async def _make_hypertable(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+    try:
+        async with connection.transaction():
+            await connection.execute(_MAKE_HYPERTABLE)
+    except asyncpg.PostgresError as exc:
+        logger.warning("TimescaleDB cannot make readings a hypertable (%s); it stays an ordinary table", exc)
+        return False
+    return True
 
 
 async def _timescale(connection: asyncpg.Connection[asyncpg.Record]) -> bool:

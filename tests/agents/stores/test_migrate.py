@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import asyncpg
 import pytest
 
+from agents.stores import migrate as migrate_module
 from agents.stores.migrate import Migration, known_migrations, migrate
 from agents.stores.postgresql import ReadingStore
 from streams.resilience.failures import Fatal
@@ -74,6 +76,34 @@ async def test_a_migration_that_fails_leaves_nothing_behind(connection: asyncpg.
         await migrate(connection, (*known_migrations(), good, bad))
     assert await connection.fetchval("SELECT to_regclass('good')") is None
     assert await connection.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+
+
+HYPERTABLE = """
+CREATE FUNCTION create_hypertable(
+    relation regclass, time_column_name name, chunk_time_interval interval, if_not_exists boolean,
+    migrate_data boolean, create_default_indexes boolean
+) RETURNS void LANGUAGE sql AS $$ CREATE TABLE asked AS SELECT relation, time_column_name, chunk_time_interval $$
+"""
+
+
+@pytest.mark.parametrize("works", [True, False])
+async def test_readings_become_a_hypertable_where_they_can(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    """TimescaleDB's function (here a stand-in of its signature) is asked; where it fails a plain table will do."""
+    monkeypatch.setattr(migrate_module, "_timescale", AsyncMock(return_value=True))
+    connection = await asyncpg.connect(empty_database_url)
+    if works:
+        await connection.execute(HYPERTABLE)
+    assert await migrate(connection) == [migration.version for migration in known_migrations()]
+    assert await migrate(connection) == []
+    assert await connection.fetchval("SELECT to_regclass('readings')::text") == "readings"
+    if works:
+        assert tuple(await connection.fetchrow("SELECT relation::text, time_column_name FROM asked")) == (
+            "readings",
+            "time",
+        )
+    await connection.close()
 
 
 async def test_a_newer_database_is_fatal(connection: asyncpg.Connection, store: ReadingStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
@@ -96,6 +97,19 @@ async def test_a_connection_that_the_server_ended_is_replaced(
             await store.write_readings([row(second + 10)])
         assert failures in ([], [FailureClass.RETRY])
     assert await connection.fetchval("SELECT count(*) FROM readings") == 6
+
+
+async def test_a_ping_does_not_wait_for_writes(connection: asyncpg.Connection, store: ReadingStore) -> None:
+    """While every writer waits for a lock, the database still shows that it answers."""
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE readings")
+        writers = [asyncio.create_task(store.write_readings([row(second)])) for second in range(4)]
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        while await connection.fetchval(waiting) < 2:
+            await asyncio.sleep(0.01)
+        await store.ping()
+        assert await connection.fetchval(waiting) == 2
+    assert await asyncio.gather(*writers) == [[]] * 4
 
 
 async def test_devices_are_listed_in_pages(store: ReadingStore) -> None:
