@@ -86,8 +86,8 @@ async def migrate(
 ) -> list[int]:
     """Bring the database behind ``connection`` up to date and return the versions that were applied (often none).
 
-    When this is cancelled or raises anything but asyncpg's ``PostgresError``, the lock and the transaction are still the
-    connection's: terminate it. (Asking a server that does not answer to roll back would wait for it.)
+    When this is cancelled or raises anything but asyncpg's ``PostgresError``, the connection still has the lock and the
+    transaction: terminate it. (Asking a server that does not answer to roll back would wait for it.)
     """
     migrations = known_migrations() if migrations is None else migrations
     if await _pending(connection, migrations) == []:
@@ -164,16 +164,6 @@ async def _pending(
                 "content than this Headrace has: migrations must not be edited; restore agents/stores/migrations"
             )
     return [migration for migration in migrations if migration.version not in applied]
-
-
-async def _make_hypertable(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
-    try:
-        async with connection.transaction():
-            await connection.execute(_MAKE_HYPERTABLE)
-    except asyncpg.PostgresError as exc:
-        logger.warning("TimescaleDB cannot make readings a hypertable (%s); it stays an ordinary table", exc)
-        return False
-    return True
 
 
 async def _timescale(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
