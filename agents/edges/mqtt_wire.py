@@ -17,7 +17,7 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -26,9 +26,12 @@ import msgspec
 # Control packet types, first byte without flags (2.1.2)
 PUBLISH: Final = 0x30
 PUBREL: Final = 0x60
+PINGRESP: Final = 0xD0
 
 OVERSIZE_HEAD_BYTES: Final = 1024
 _MAX_TOPIC_BYTES: Final = 65535
+_MICROSECOND: Final = timedelta(microseconds=1)
+_SECOND: Final = timedelta(seconds=1)
 
 
 class Malformed(ValueError):
@@ -223,9 +226,16 @@ class PacketReader:
         self._limit = max_message_bytes
         self._rest = b""
         self._oversize: _Oversize | None = None
+        self._arrived_at = datetime.fromtimestamp(0, UTC)
 
     def feed(self, data: bytes, now: datetime) -> list[Arrival | Packet]:
-        """Return the packets that ``data`` completes, in order, arrived ``now``. Raises :class:`Malformed`."""
+        """Return the packets that ``data`` completes, in order, arrived ``now``. Raises :class:`Malformed`.
+
+        Messages that one read brings arrived a microsecond apart: the time of arrival is the sample's time, and so a
+        part of the row's key, where a device does not say when it sampled.
+        """
+        if timedelta(0) <= self._arrived_at - now < _SECOND:
+            now = self._arrived_at + _MICROSECOND
         packets: list[Arrival | Packet] = []
         if self._oversize is not None:
             taken = self._oversize.left_bytes
@@ -269,6 +279,8 @@ class PacketReader:
                 if end > size:
                     break
                 append(self._publish(data[body:end], command, now))
+                self._arrived_at = now
+                now += _MICROSECOND
             else:
                 if end > size:
                     break
