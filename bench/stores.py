@@ -1,15 +1,15 @@
 """Rows and readings a second into the stores, against the embedded PostgreSQL and Valkey.
 
 ``python -m bench.stores [--rows N] [--chunk N]`` starts its own servers and prints, for one connection: COPY into the
-staging table and one insert (what Headrace does), the same rows again (a redelivery), and ``executemany`` of the upsert
-(what a sink does without thinking); then readings a second into the cache.
+staging table and one insert (what Headrace does), the same rows again (a redelivery), ``executemany`` of the upsert,
+and the upsert row by row; then readings a second into the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,7 +24,7 @@ from tools.stack import Stack
 
 _EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 _LABELS = ("power", "voltage", "temperature", "flow")
-_EXECUTEMANY = f"""
+_UPSERT = f"""
 INSERT INTO readings ({", ".join(COLUMNS)}) VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING
 """  # noqa: S608  (constants only)
 
@@ -64,36 +64,61 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-async def _rate(name: str, count: int, work: Callable[[], Awaitable[None]]) -> float:
-    wall, cpu = time.perf_counter(), time.process_time()
-    await work()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"{name:<44} {count / wall:>10,.0f} /s {cpu / count * 1e5:>9.2f} CPU s per 100k (client)")
-    return count / wall
+class _Tally:
+    """Rows, seconds and CPU seconds of this process that one way of writing took, over all its turns."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rows, self.wall_seconds, self.cpu_seconds = name, 0, 0.0, 0.0
+
+    async def turn(self, rows: int, work: Awaitable[None]) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        await work
+        self.wall_seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+        self.rows += rows
+
+    @property
+    def rate(self) -> float:
+        return self.rows / self.wall_seconds
+
+    def show(self) -> None:
+        cpu = self.cpu_seconds / self.rows * 1e5
+        print(f"{self.name:<44} {self.rate:>10,.0f} /s {cpu:>9.2f} CPU s per 100k (client)")
 
 
 async def _postgresql(url: str, count: int, chunk: int) -> None:
     store = ReadingStore(url, pool_size=1, application_name="bench")
     await store.start()
     await store.ping()
-    rows = make_rows(count)
+    connection = await asyncpg.connect(url)
 
-    async def copy() -> None:
+    async def copy(rows: Sequence[Row]) -> None:
         for part in _chunks(rows, chunk):
             assert not await store.write_readings(part)
 
-    connection = await asyncpg.connect(url)
-
-    async def executemany() -> None:
-        for part in _chunks(slow, chunk):
+    async def executemany(rows: Sequence[Row]) -> None:
+        for part in _chunks(rows, chunk):
             async with connection.transaction():
-                await connection.executemany(_EXECUTEMANY, part)
+                await connection.executemany(_UPSERT, part)
 
-    ours = await _rate("PostgreSQL: COPY and one insert", count, copy)
-    await _rate("PostgreSQL: the same rows again", count, copy)
-    slow = make_rows(max(chunk, count // 4), first=count)
-    theirs = await _rate("PostgreSQL: executemany", len(slow), executemany)
-    print(f"{'COPY and one insert / executemany':<44} {ours / theirs:>10.1f} ×")
+    async def one_by_one(rows: Sequence[Row]) -> None:
+        for row in rows:
+            await connection.execute(_UPSERT, *row)
+
+    ours, again = _Tally("PostgreSQL: COPY and one insert"), _Tally("PostgreSQL: the same rows again")
+    many, single = _Tally("PostgreSQL: executemany, one transaction"), _Tally("PostgreSQL: one statement a row")
+    # In turns, so that a table that grows and a machine that is busy are the same for all.
+    turn = 4 * chunk
+    for first in range(0, count, turn):
+        rows = make_rows(2 * turn + chunk // 5, first=first * 3)
+        await ours.turn(turn, copy(rows[:turn]))
+        await many.turn(turn, executemany(rows[turn : 2 * turn]))
+        await single.turn(len(rows) - 2 * turn, one_by_one(rows[2 * turn :]))
+        await again.turn(turn, copy(rows[:turn]))
+    for tally in (ours, again, many, single):
+        tally.show()
+    print(f"{'COPY and one insert / executemany':<44} {ours.rate / many.rate:>10.1f} ×")
+    print(f"{'COPY and one insert / one statement a row':<44} {ours.rate / single.rate:>10.1f} ×")
     await connection.close()
     await store.stop()
 
@@ -107,8 +132,10 @@ async def _valkey(url: str, count: int, chunk: int) -> None:
         for part in _chunks(readings, chunk):
             await store.write(part)
 
-    await _rate("Valkey: readings of 4 values", count, write)
-    await _rate("Valkey: the same readings again", count, write)
+    for name in ("Valkey: readings of 4 values", "Valkey: the same readings again"):
+        tally = _Tally(name)
+        await tally.turn(count, write())
+        tally.show()
     await store.stop()
 
 
