@@ -91,6 +91,7 @@ class Intake:
 _intake: Intake | None = None
 
 
+@mqtt.prepare
 def intake() -> Intake:
     """Return the intake over the configured registry, loaded when it is first needed."""
     global _intake

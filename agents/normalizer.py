@@ -77,6 +77,7 @@ def uplink_of(message: RawMessage) -> Uplink:
 _normalizer: Normalizer | None = None
 
 
+@normalizer.prepare
 def current() -> Normalizer:
     """Return the normalizer over the configured registry, loaded when it is first needed."""
     global _normalizer

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from faust.app.base import BootStrategy
 from mode import Service
 
 import settings as configuration
+from devices.configfile import ConfigErrors
 from streams import metrics, topics
 from streams.events import EVENTS
 from streams.provision import check_table_partitions, provision
@@ -73,11 +74,14 @@ class Pipeline(Service):
 
     async def _run(self) -> None:
         try:
+            stages = self.host.stages()
+            for stage in stages:
+                for preparation in stage.preparations:
+                    self._prepare(stage, preparation)
             self.problem = "waiting for Kafka"
             await self.prepare_topics()
             if self.should_stop:
                 return
-            stages = self.host.stages()
             await check_table_partitions(SETTINGS, [pair for stage in stages for pair in table_pairs(stage)])
             self.problem = None
             for stage in stages:
@@ -93,6 +97,13 @@ class Pipeline(Service):
             else:
                 self.log.error("The stages cannot be started: %s", exc)
             await self.crash(exc)
+
+    @staticmethod
+    def _prepare(stage: Stage, preparation: Callable[[], Any]) -> None:
+        try:
+            preparation()
+        except ConfigErrors as exc:
+            raise Fatal(f"stage {stage.name} cannot start; `faust -A streams check` tells the same:\n{exc}") from exc
 
     @Service.task
     async def _look(self) -> None:

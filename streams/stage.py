@@ -78,6 +78,7 @@ class Stage:
         )
         #: what must answer before the stage is ready, by name: coroutine functions that raise
         self.checks: dict[str, Check] = {}
+        self.preparations: list[Callable[[], Any]] = []
         #: declared topics that agents of this stage consume, for the check of tables' changelogs
         self.consumes: list[Declaration] = []
         REGISTERED[name] = self
@@ -100,6 +101,11 @@ class Stage:
     def service(self, cls: type[Any]) -> type[Any]:
         """Add a service that lives as long as the stage."""
         return self.app.service(cls)
+
+    def prepare(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Have ``function`` called before the stage starts; what it raises (a profile that is wrong) ends the worker."""
+        self.preparations.append(function)
+        return function
 
     def check(self, name: str) -> Callable[[Check], Check]:
         """Register a coroutine function that raises while what the stage needs does not answer."""

@@ -133,7 +133,7 @@ def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
     ``changed`` keeps, between calls, since when something has been as it is; pass the same dict each time.
     """
     consumer = app.typed_consumer
-    if consumer is None or not app.started:
+    if consumer is None or not app.started or app.producer_only:
         return None
     thread = consumer._thread
     client = thread._consumer
@@ -239,7 +239,9 @@ class HealthMonitor(Service):
         view = look(app, now, self._changed.setdefault(stage, {}))
         options = app.resilience
         verdict = WELL
-        if view is not None:
+        if view is None and app._producer is not None and not app.producer.usable:
+            verdict = Verdict(Remedy.RECREATE_PRODUCER, "the producer was fenced or has failed")
+        elif view is not None:
             verdict = judge(
                 view,
                 stuck_seconds=options.stuck_seconds,

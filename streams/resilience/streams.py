@@ -142,7 +142,7 @@ class Stream(FaustStream[Any]):
         started_here = await self.maybe_start()
         try:
             while not self.should_stop:
-                event, value = await self._next()
+                event, value = await self._next_item()
                 if event is None and value is _WAKE:
                     continue
                 current_stream.set(self)
@@ -182,7 +182,7 @@ class Stream(FaustStream[Any]):
                 await self.stop()
                 self.service_reset()
 
-    async def _next(self) -> tuple[Event | None, Any]:
+    async def _next_item(self) -> tuple[Event | None, Any]:
         ready = self._ready()
         if ready is not None:
             return ready, ready.value
@@ -203,6 +203,8 @@ class Stream(FaustStream[Any]):
         if not isinstance(message, Delivery):
             event.stream = self
             self.in_flight[event] = None
+            if isinstance(event.value, Chunk):
+                event.value.owner = self
             return True
         if message.ledger is None or not message.ledger.live:
             return False
