@@ -32,6 +32,7 @@ DRIVERS: Final[Mapping[str, str]] = {
     "fluxor": "devices.fluxor.driver:FluxorDriver",
     "light_controller": "devices.light_controller.driver:LightControllerDriver",
     "plain_json": "devices.plain_json.driver:PlainJsonDriver",
+    "senml": "devices.senml.driver:SenmlDriver",
 }
 
 SCHEMAS: Final = Path(__file__).resolve().parent.parent / "config"
