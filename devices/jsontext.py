@@ -53,6 +53,14 @@ def from_epoch(value: float) -> datetime:
         raise DecodeError(f"{value!r:.40} is not a time in epoch seconds or milliseconds") from None
 
 
+def from_milliseconds(value: int) -> datetime:
+    """Return the time of an epoch in milliseconds; raises DecodeError for a time no calendar holds."""
+    try:
+        return EPOCH + timedelta(milliseconds=value)
+    except (OverflowError, ValueError):
+        raise DecodeError(f"{value!r:.40} is not a time in epoch milliseconds") from None
+
+
 def parse_time(value: Any) -> datetime:
     """Return the UTC time of RFC 3339 text (without an offset: UTC) or of an epoch in s or ms; raises DecodeError."""
     if type(value) is int or type(value) is float:

@@ -22,8 +22,15 @@ MAX_CACHED: Final = 8_192
 MAX_CACHED_CHARS: Final = 4_096
 # PostgreSQL's index row of a reading holds device id, index and label in at most 2704 bytes, of up to 4 a character.
 MAX_NAME_CHARS: Final = 200
+MAX_DEVICE_ID_CHARS: Final = 255
 
 T = TypeVar("T")
+
+
+def usable_device_id(text: str) -> bool:
+    """Tell whether ``text`` can be a device's id: 1 to 255 printable characters (PostgreSQL takes no NUL, Redis keys
+    no newline)."""
+    return 0 < len(text) <= MAX_DEVICE_ID_CHARS and text.isprintable()
 
 
 class ValueRule(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ from jsonschema import Draft202012Validator
 from devices.configfile import ConfigError, ConfigErrors, Document, load, schema_errors
 from devices.driver import Driver
 from devices.model import DecodeError, Uplink
-from devices.profiles import Match, Profile, compile_profile
+from devices.profiles import Match, Profile, compile_profile, usable_device_id
 
 DRIVERS: Final[Mapping[str, str]] = {
     "cbor_map": "devices.cbor_map.driver:CborMapDriver",
@@ -33,14 +33,13 @@ DRIVERS: Final[Mapping[str, str]] = {
     "light_controller": "devices.light_controller.driver:LightControllerDriver",
     "plain_json": "devices.plain_json.driver:PlainJsonDriver",
     "senml": "devices.senml.driver:SenmlDriver",
+    "sparkplug": "devices.sparkplug.driver:SparkplugDriver",
 }
 
 SCHEMAS: Final = Path(__file__).resolve().parent.parent / "config"
 
 # Routes hold device ids; a fleet of this size costs about 30 MB, a larger one is matched anew after a clean-out.
 MAX_ROUTES: Final = 65_536
-# The primary key of a stored reading must fit PostgreSQL's index row (2704 bytes).
-MAX_DEVICE_ID_CHARS: Final = 255
 
 _NAMED: Final = re.compile(r"\{[A-Za-z_]\w*\}")
 
@@ -76,12 +75,6 @@ def schema(name: str) -> dict[str, Any]:
     """Read one of the JSON schemas beside the configuration."""
     found: dict[str, Any] = json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8"))
     return found
-
-
-def usable_device_id(text: str) -> bool:
-    """Tell whether ``text`` can be a device's id: 1 to 255 printable characters (PostgreSQL takes no NUL, Redis keys
-    no newline)."""
-    return 0 < len(text) <= MAX_DEVICE_ID_CHARS and text.isprintable()
 
 
 def _device_id(match: Match, params: Mapping[str, str]) -> str | None:

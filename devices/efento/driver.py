@@ -26,6 +26,7 @@ from devices.profiles import Profile
 
 OCTET_STREAM: Final = 42
 MAX_FIELDS: Final = 512
+MAX_SERIAL_BYTES: Final = 16
 
 
 def _endpoint(route: str) -> str:
@@ -35,6 +36,8 @@ def _endpoint(route: str) -> str:
 def _serial(raw: bytes) -> str:
     if not raw or raw == m.NOT_SET.encode():
         raise DecodeError("the message has no serial number")
+    if len(raw) > MAX_SERIAL_BYTES:
+        raise DecodeError(f"the serial number has {len(raw)} bytes, devices have 6")
     return raw.hex()
 
 

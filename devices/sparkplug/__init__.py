@@ -1,0 +1,1 @@
+"""Sparkplug B: industrial edge nodes and their devices over MQTT."""
