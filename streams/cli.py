@@ -24,9 +24,18 @@ def install() -> None:
         worker.params.append(
             click.Option(["--app", "-A"], expose_value=False, callback=_set_app, help="Module of the Faust app.")
         )
-    for command in (check,):
+    for command in (check, *lazy_commands()):
         if command.name not in cli.commands:
             cli.add_command(command)
+
+
+def lazy_commands() -> list[click.Command]:
+    """Return the commands that look at Kafka; none of them starts the app."""
+    from streams.commands.dlq import dlq
+    from streams.commands.look import accounts, tap, trace
+    from streams.commands.simulate import simulate
+
+    return [simulate, dlq, tap, trace, accounts]
 
 
 def _set_app(context: click.Context, _parameter: Any, value: str | None) -> str | None:

@@ -67,7 +67,11 @@ command_status = _declare("iot_command_status", messages.CommandStatus, "events"
 alert_actions = _declare("iot_alert_actions", messages.AlertAction, "events")
 errors = _declare("iot_errors", None, "errors")
 
-ALL = (raw_data, validated_data, alarm_rules, devices, alerts, commands, command_status, alert_actions, errors)
+desk = Declaration(
+    "dlq-desk", configuration.load().topic(f"{configuration.load().app_id}-dlq-desk"), None, "forever", compacted=True
+)
+
+ALL = (raw_data, validated_data, alarm_rules, devices, alerts, commands, command_status, alert_actions, errors, desk)
 
 
 def by_name(name: str) -> Declaration | None:

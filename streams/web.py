@@ -117,3 +117,9 @@ def reason(found: dict[str, Any]) -> dict[str, str]:
 async def exposition(_view: Any, _request: Any) -> Any:
     """Answer all metrics in the Prometheus text format."""
     return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+@app.page("/accounts")
+async def accounts(_view: Any, _request: Any) -> Any:
+    """Answer the accounting identity of every stage of this worker."""
+    return web.json_response([one.accounts.as_dict() for one in app.apps()])
