@@ -1,24 +1,24 @@
 """Device messages become readings.
 
-Consumes ``iot_raw_data`` (RawMessage), produces ``iot_validated_data`` (Reading), key: device id, order kept per device.
-Guarantee: each message gives all its valid readings, or one dead letter.
-Retried: nothing of its own (it is a pure function). Dead-lettered: ``poison`` what a driver cannot decode; ``rejected`` what no
-profile matches and what has no valid value left. Dropped: messages that hold no reading (``no_readings``), feedback to
-commands (``feedback``); single values that validation refuses are counted and logged, their neighbours go on.
+Consumes ``iot_raw_data`` (RawMessage), produces ``iot_validated_data`` (Reading), key: device id, order kept per
+device. Guarantee: each message gives all its valid readings, or one dead letter.
+Retried: nothing of its own (it is a pure function). Dead-lettered: ``poison`` what a driver cannot decode; ``rejected``
+what no profile matches and what has no valid value left. Dropped: messages that hold no reading (``no_readings``),
+feedback to commands (``feedback``); single values that validation refuses are counted and logged, their neighbours go
+on.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from devices.model import Uplink
 from devices.pipeline import Refused, read
 from devices.registry import Registry
 from streams import topics
 from streams.events import EVENTS
-from streams.messages import RawMessage, encode
+from streams.messages import RawMessage, encode, uplink_of
 from streams.resilience.chunks import Out
-from streams.resilience.failures import Poison, Rejected
+from streams.resilience.failures import Rejected
 from streams.stage import Stage
 
 normalizer = Stage("normalizer")
@@ -46,32 +46,6 @@ class Normalizer:
             return
         for reading in outcome.readings:
             out.send(self._output, encode(reading), reading.device_id)
-
-
-def uplink_of(message: RawMessage) -> Uplink:
-    """Return what a driver sees of ``message``; raises Poison where it holds no payload."""
-    text = message.payload
-    if text is not None:
-        data = text.encode()
-    elif message.payload_hex is not None:
-        try:
-            data = bytes.fromhex(message.payload_hex)
-        except ValueError as exc:
-            raise Poison(f"payload_hex is not hexadecimal: {exc}") from exc
-    else:
-        raise Poison("neither payload nor payload_hex is set")
-    metadata: dict[str, Any] = message.metadata
-    route = metadata.get("mqtt_topic") or metadata.get("uri_path") or ""
-    return Uplink(
-        request_id=message.request_id,
-        received_at=message.timestamp,
-        device_id=message.device_id,
-        protocol=message.protocol,
-        route=route,
-        text=text,
-        data=data,
-        metadata=metadata,
-    )
 
 
 _normalizer: Normalizer | None = None

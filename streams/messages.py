@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from devices.alarms.model import AlarmRule, Alert, Level, Repeat
-from devices.model import Reading, Value
+from devices.model import DecodeError, Reading, Uplink, Value
 
 __all__ = [
     "AlarmRule",
@@ -29,6 +29,7 @@ __all__ = [
     "Value",
     "decoder",
     "encode",
+    "uplink_of",
 ]
 
 CommandState = Literal["QUEUED", "SENT", "DELIVERED", "SUCCESSFUL", "FAILED", "EXPIRED", "TIMEOUT"]
@@ -97,3 +98,28 @@ class CommandStatus(msgspec.Struct, kw_only=True):
 _encoder = msgspec.json.Encoder(decimal_format="number")
 encode = _encoder.encode
 decoder = msgspec.json.Decoder
+
+
+def uplink_of(message: RawMessage) -> Uplink:
+    """Return what a driver sees of ``message``; raises DecodeError where it holds no payload."""
+    text = message.payload
+    if text is not None:
+        data = text.encode()
+    elif message.payload_hex is not None:
+        try:
+            data = bytes.fromhex(message.payload_hex)
+        except ValueError as exc:
+            raise DecodeError(f"payload_hex is not hexadecimal: {exc}") from exc
+    else:
+        raise DecodeError("neither payload nor payload_hex is set")
+    metadata = message.metadata
+    return Uplink(
+        request_id=message.request_id,
+        received_at=message.timestamp,
+        device_id=message.device_id,
+        protocol=message.protocol,
+        route=metadata.get("mqtt_topic") or metadata.get("uri_path") or "",
+        text=text,
+        data=data,
+        metadata=metadata,
+    )
