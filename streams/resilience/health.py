@@ -12,119 +12,27 @@ worker ends, non-zero, for its supervisor. An absent broker or sink is waited fo
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mode import Service
 
 from streams.resilience.backoff import Backoff
 from streams.resilience.failures import Fatal
+from streams.resilience.judgement import (
+    WELL,
+    PartitionView,
+    Remedy,
+    Verdict,
+    View,
+    is_member,
+    is_reachable,
+    judge,
+    view_partition,
+)
 
-
-class Remedy(enum.Enum):
-    """What helps."""
-
-    NONE = "none"
-    RECREATE_CONSUMER = "recreate the consumer"
-    RECREATE_PRODUCER = "recreate the producer"
-    END = "end the worker"
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionView:
-    """One partition as seen now; ages in seconds."""
-
-    name: str
-    unread: int
-    held: bool
-    in_flight: int
-    oldest_age: float
-    progress_age: float
-    committable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """One stage as seen now; ages in seconds, None for what has not happened yet."""
-
-    started_age: float
-    rebalancing_age: float | None
-    member: bool
-    partitions: tuple[PartitionView, ...]
-    commit_age: float | None
-    fetch_age: float
-    fetch_failures: int
-    producer_usable: bool
-    broker_reachable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What is wrong, in words, and what helps."""
-
-    remedy: Remedy
-    reason: str = ""
-
-    @property
-    def well(self) -> bool:
-        """Tell whether nothing is wrong."""
-        return not self.reason
-
-
-WELL = Verdict(Remedy.NONE)
-#: Fetches that may fail in a row before the consumer is created anew.
-FETCH_FAILURES = 5
-
-
-def judge(view: View, *, stuck_seconds: float, join_seconds: float, end_seconds: float = 600.0) -> Verdict:
-    """Return what is wrong with a stage.
-
-    ``join_seconds`` is how long a group may take to settle, ``end_seconds`` how long a handler may hang: a sink that does
-    not answer is bounded by its own time-outs, well below it.
-    """
-    if not view.producer_usable:
-        return Verdict(Remedy.RECREATE_PRODUCER, "the producer was fenced or has failed")
-    if not view.broker_reachable:
-        # Creating a client anew would only close one that reconnects by itself.
-        return Verdict(Remedy.NONE, "no broker can be reached")
-    if view.rebalancing_age is not None:
-        if view.rebalancing_age > join_seconds:
-            return Verdict(
-                Remedy.RECREATE_CONSUMER,
-                f"no assignment for {view.rebalancing_age:.0f} s: the join has failed silently",
-            )
-        return Verdict(Remedy.NONE, "the group is rebalancing")
-    if not view.member:
-        return Verdict(Remedy.RECREATE_CONSUMER, "the consumer has fallen out of its group")
-    if view.fetch_failures >= FETCH_FAILURES:
-        return Verdict(Remedy.RECREATE_CONSUMER, f"{view.fetch_failures} fetches have failed in a row")
-    if view.fetch_age > stuck_seconds and any(p.unread and not p.held for p in view.partitions):
-        return Verdict(Remedy.RECREATE_CONSUMER, f"no fetch has come back for {view.fetch_age:.0f} s")
-    return _judge_partitions(view, stuck_seconds, end_seconds)
-
-
-def _judge_partitions(view: View, stuck_seconds: float, end_seconds: float) -> Verdict:
-    for partition in view.partitions:
-        if partition.held or partition.progress_age <= stuck_seconds:
-            continue
-        if partition.in_flight:
-            # Somebody else's progress does not help this one, but a new consumer would not either.
-            return Verdict(
-                Remedy.END if partition.progress_age > max(end_seconds, stuck_seconds) else Remedy.NONE,
-                f"{partition.name}: {partition.in_flight} message(s) in flight, the oldest for "
-                f"{partition.oldest_age:.0f} s, and none was completed for {partition.progress_age:.0f} s",
-            )
-        if partition.unread:
-            return Verdict(
-                Remedy.RECREATE_CONSUMER,
-                f"{partition.name}: {partition.unread} record(s) to read and none read for {partition.progress_age:.0f} s",
-            )
-    if any(partition.committable for partition in view.partitions) and (view.commit_age or 0.0) > stuck_seconds:
-        return Verdict(Remedy.RECREATE_CONSUMER, f"no commit has succeeded for {view.commit_age:.0f} s")
-    return WELL
+__all__ = ["WELL", "HealthMonitor", "PartitionView", "Remedy", "Verdict", "View", "judge", "look"]
 
 
 def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
@@ -143,17 +51,9 @@ def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
             end = consumer.highwater(tp) or 0
         except Exception:
             end = 0
-        oldest = ledger.oldest_in_flight()
+        held = tp in consumer.held
         partitions.append(
-            PartitionView(
-                f"{tp.topic}[{tp.partition}]",
-                max(0, end - (ledger.read_to or 0)),
-                tp in consumer.held,
-                ledger.in_flight,
-                now - oldest.delivered_at if oldest else 0.0,
-                now - ledger.last_progress,
-                ledger.committable() is not None,
-            )
+            view_partition(f"{tp.topic}[{tp.partition}]", ledger, end, held=held, now=now, changed=changed)
         )
     settled = app.assigned is not None and client is not None
     if settled:
@@ -170,28 +70,14 @@ def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
     return View(
         started_age=now - changed.setdefault("started", now),
         rebalancing_age=None if settled else now - changed["unsettled"],
-        member=_member(coordinator, now, changed),
+        member=is_member(coordinator, now, changed),
         partitions=tuple(partitions),
         commit_age=now - last_commit,
         fetch_age=now - consumer.last_fetch_at,
         fetch_failures=consumer.fetch_failures,
         producer_usable=app._producer is None or app.producer.usable,
-        broker_reachable=client is None or _reachable(client),
+        broker_reachable=client is None or is_reachable(client),
     )
-
-
-def _member(coordinator: Any, now: float, changed: dict[str, float]) -> bool:
-    """Return whether the group counts us in; a moment without is normal (a coordinator moves, a session is renewed)."""
-    inside = coordinator is None or getattr(coordinator, "generation", 0) >= 0
-    if inside:
-        changed.pop("outside", None)
-        return True
-    return now - changed.setdefault("outside", now) < 10.0
-
-
-def _reachable(client: Any) -> bool:
-    connections = getattr(client._client, "_conns", {})
-    return any(connection.connected() for connection in connections.values())
 
 
 class HealthMonitor(Service):
