@@ -34,6 +34,8 @@ DRIVERS: Final[Mapping[str, str]] = {
     "plain_json": "devices.plain_json.driver:PlainJsonDriver",
     "senml": "devices.senml.driver:SenmlDriver",
     "sparkplug": "devices.sparkplug.driver:SparkplugDriver",
+    "tts": "devices.tts.driver:TtsDriver",
+    "zigbee2mqtt": "devices.zigbee2mqtt.driver:Zigbee2MqttDriver",
 }
 
 SCHEMAS: Final = Path(__file__).resolve().parent.parent / "config"

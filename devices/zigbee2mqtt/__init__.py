@@ -1,0 +1,1 @@
+"""Zigbee2MQTT: Zigbee devices as JSON."""
