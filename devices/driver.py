@@ -75,13 +75,16 @@ class CommandTraits(msgspec.Struct, frozen=True, kw_only=True):
 class Driver:
     """Base of the drivers; a family overrides what it has.
 
-    ``exclusive``: a device takes one open command at a time. ``options``: JSON schema of what a profile may set for it.
+    ``exclusive``: a device takes one open command at a time. ``text``: messages are text (JSON, or hexadecimal digits
+    that the device itself writes), so that digits given by hand are the message and not its bytes. ``options``: JSON
+    schema of what a profile may set for it.
     """
 
     name: ClassVar[str] = ""
     commands: ClassVar[Mapping[str, JsonSchema]] = {}
     traits: ClassVar[Mapping[str, CommandTraits]] = {}
     exclusive: ClassVar[bool] = False
+    text: ClassVar[bool] = False
     options: ClassVar[JsonSchema] = {"type": "object", "additionalProperties": False, "properties": {}}
 
     def decode(self, uplink: Uplink, profile: Profile) -> list[Reading]:

@@ -109,12 +109,18 @@ class Registry:
         return registry
 
     @classmethod
-    def read(cls, config_path: str | Path) -> tuple[Registry, list[ConfigError]]:
-        """Read the configuration folder; returns what could be read and all errors."""
+    def read(cls, config_path: str | Path, *, with_inactive: bool = False) -> tuple[Registry, list[ConfigError]]:
+        """Read the configuration folder; returns what could be read and all errors.
+
+        ``with_inactive`` takes profiles that are not active for active ones: to try them, never to run.
+        """
         folder = Path(config_path)
         errors: list[ConfigError] = []
         profiles = _read_profiles(folder, errors)
         devices = _read_devices(folder, profiles, errors)
+        if with_inactive:
+            for profile in profiles.values():
+                profile.active = True
         return cls(profiles.values(), devices), errors
 
     # Devices

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import yaml
 
+from devices.configfile import ConfigErrors
 from devices.model import Reading, Uplink
 from devices.pipeline import Outcome
 from devices.pipeline import read as pipeline_read
@@ -65,10 +66,10 @@ def registry() -> Registry:
 
 def fresh_registry() -> Registry:
     """Return a new registry of all shipped profiles, the inactive ones made active, as they match."""
-    files = sorted((SCHEMAS / "profiles").glob("*.yaml"))
-    raw = [(yaml.safe_load(path.read_text(encoding="utf-8")), path.name) for path in files]
-    raw.sort(key=lambda entry: (entry[0].get("order", 100), entry[1]))
-    return Registry(compile_profile({**data, "active": True}) for data, _ in raw)
+    found, errors = Registry.read(SCHEMAS, with_inactive=True)
+    if errors:
+        raise ConfigErrors(errors)
+    return found
 
 
 def read(message: Uplink, using: Registry | None = None) -> Outcome:

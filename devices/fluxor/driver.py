@@ -119,6 +119,7 @@ class FluxorDriver(Driver):
     """Reads Fluxor frames and writes their commands."""
 
     name = "fluxor"
+    text = True
     exclusive = True
     commands: ClassVar[Mapping[str, JsonSchema]] = {
         "config": {
@@ -198,6 +199,10 @@ class FluxorDriver(Driver):
                     metadata = {**metadata, "faults": {label: "no measurement" for label, word in pairs if not word}}
                 readings.append(reading(shape, values, metadata))
         return readings
+
+    def device_id(self, uplink: Uplink) -> str | None:
+        """Return the id in the frame; None for a feedback."""
+        return None if uplink.route.endswith("/feedback") else str(_fields(uplink)[0])
 
     def state_of(self, uplink: Uplink) -> dict[str, Any]:
         """Return the broker, types and set points that a command has to repeat; empty for a feedback."""

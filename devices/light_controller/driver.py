@@ -1,8 +1,9 @@
-"""Light controller driver: a schedule message is a reading of what was done, and one of the task that it carries.
+"""Light controller driver: a schedule message is one reading.
 
-Index ``SCHEDULE`` has ``operation`` with ``task_id`` or ``task_count``; index ``TASK_{id}`` the fields of the task.
-Both are at the device's epoch (arrival time where that is 0: a clock that was never set). ``metadata["schedule"]`` of
-``SCHEDULE`` is what :func:`devices.light_controller.schedule.merge` adds to the state of the device.
+Index ``TASK_{id}`` where the message is about one task: label ``operation``, and the fields of the task where it
+carries them. Index ``SCHEDULE`` where it is about all: ``operation``, and ``task_count`` where it tells it. The time
+is the device's epoch (that of arrival where it is 0: a clock that was never set). ``metadata["schedule"]`` is what
+:func:`devices.light_controller.schedule.merge` adds to the state of the device.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import msgspec
 from devices import brokered, jsontext
 from devices.driver import CommandTraits, Downlink, Driver, Feedback, JsonSchema
 from devices.light_controller import schedule
-from devices.model import DecodeError, Reading, Uplink
+from devices.model import DecodeError, Reading, Uplink, Value
 from devices.profiles import Profile
 
-_UNITS: Final = ("min", "min", "", "", "", "")
+_TASK_LABELS: Final = ("operation", *schedule.TASK_FIELDS)
+_TASK_UNITS: Final = ("", "min", "min", "", "", "", "")
 _TASK_ID: Final[JsonSchema] = {"type": "integer", "minimum": 0, "maximum": 15}
 _FLAG: Final[JsonSchema] = {"enum": [0, 1, True, False]}
 _NOTHING: Final[JsonSchema] = {"type": "object", "additionalProperties": False, "properties": {}}
@@ -42,6 +44,7 @@ class LightControllerDriver(Driver):
     """Reads schedule messages and writes their commands."""
 
     name = "light_controller"
+    text = True
     exclusive = True
     commands: ClassVar[Mapping[str, JsonSchema]] = {
         "light_read_all": _NOTHING,
@@ -67,44 +70,39 @@ class LightControllerDriver(Driver):
     traits: ClassVar[Mapping[str, CommandTraits]] = {name: CommandTraits(repeatable=True) for name in _OPERATIONS}
 
     def decode(self, uplink: Uplink, profile: Profile) -> list[Reading]:
-        """Return ``SCHEDULE`` and, where the message carries a task, ``TASK_{id}``."""
+        """Return the one reading of the message."""
         message = schedule.parse(uplink.data)
         if str(message.device_id) != uplink.device_id:
             raise DecodeError(f"the message is of device {message.device_id}, its topic says {uplink.device_id!r}")
         sampled_at = jsontext.from_epoch(message.epoch) if message.epoch else uplink.received_at
-        if message.task_count is None:
-            labels, subject = ("operation", "task_id"), message.task_id
-        else:
-            labels, subject = ("operation", "task_count"), message.task_count
-        shape = profile.shape("SCHEDULE", labels)
-        readings = [
+        index = "SCHEDULE" if message.header & schedule.ALL else f"TASK_{message.task_id}"
+        labels: tuple[str, ...] = ("operation",)
+        values: list[Value] = [message.operation]
+        units: tuple[str, ...] = ("",)
+        task = message.task
+        if task is not None:
+            labels, units = _TASK_LABELS, _TASK_UNITS
+            values += [task.time_beg, task.duration, task.day, task.channel, task.active, task.run_once]
+        elif message.task_count is not None:
+            labels, units = ("operation", "task_count"), ("", "")
+            values.append(message.task_count)
+        shape = profile.shape(index, labels, units=units)
+        return [
             Reading(
                 request_id=uplink.request_id,
                 timestamp=sampled_at,
                 device_id=uplink.device_id,
-                index="SCHEDULE",
-                values=[message.operation, subject],
+                index=index,
+                values=values,
                 labels=shape.labels,
                 display_names=shape.display_names,
                 metadata={**shape.metadata, "schedule": schedule.describe(message)},
             )
         ]
-        task = message.task
-        if task is not None:
-            shape = profile.shape(f"TASK_{message.task_id}", schedule.TASK_FIELDS, units=_UNITS, trusted=True)
-            readings.append(
-                Reading(
-                    request_id=uplink.request_id,
-                    timestamp=sampled_at,
-                    device_id=uplink.device_id,
-                    index=shape.index,
-                    values=[task.time_beg, task.duration, task.day, task.channel, task.active, task.run_once],
-                    labels=shape.labels,
-                    display_names=shape.display_names,
-                    metadata=shape.metadata,
-                )
-            )
-        return readings
+
+    def device_id(self, uplink: Uplink) -> str | None:
+        """Return the id in the message; None for a feedback."""
+        return None if uplink.route.endswith("/feedback") else str(schedule.parse(uplink.data).device_id)
 
     def state_of(self, uplink: Uplink) -> dict[str, Any]:
         """Return the broker that commands go to; empty for a feedback."""

@@ -99,17 +99,20 @@ def test_every_combination_of_set_all_clear(bits: Any) -> None:
         with pytest.raises(DecodeError, match="no operation"):
             decode(payload)
         return
-    readings = decode(payload)
-    assert readings[0].values[0] == wanted
-    assert [r.index for r in readings[1:]] == (["TASK_3"] if wanted in ("read_task", "create") else [])
+    (reading,) = decode(payload)
+    assert reading.values[0] == wanted
+    assert reading.index == ("SCHEDULE" if "all" in wanted else "TASK_3")
+    assert len(reading.values) == {"read_task": 7, "create": 7, "read_all": 2, "delete": 1, "delete_all": 1}[wanted]
 
 
 def test_a_task_is_a_reading() -> None:
     """The task that a message carries is read with its fields."""
-    readings = decode(build_frame(2121004, 1_750_000_000, "create", task_id=3, alarm=pack_alarm(TASK)))
+    (reading,) = decode(build_frame(2121004, 1_750_000_000, "create", task_id=3, alarm=pack_alarm(TASK)))
     fields = {"time_beg": 540, "duration": 60, "day": 2, "channel": 1, "active": True, "run_once": False}
-    assert table(readings)["TASK_3"] == fields
-    assert {r.timestamp for r in readings} == {datetime.fromtimestamp(1_750_000_000, UTC)}
+    assert table([reading])["TASK_3"] == {"operation": "create", **fields}
+    assert reading.metadata["units"][1:3] == ["min", "min"]
+    assert reading.timestamp == datetime.fromtimestamp(1_750_000_000, UTC)
+    assert merge(None, reading.metadata["schedule"])["tasks"] == {"3": fields}
 
 
 def test_clock_that_was_never_set() -> None:

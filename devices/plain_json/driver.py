@@ -21,6 +21,7 @@ class PlainJsonDriver(Driver):
     """Reads JSON objects and arrays of them. Option ``time_field``: another name for the field of the sample's time."""
 
     name = "plain_json"
+    text = True
     options: ClassVar[dict[str, Any]] = {
         "type": "object",
         "additionalProperties": False,

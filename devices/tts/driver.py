@@ -89,6 +89,7 @@ class TtsDriver(Driver):
     """Reads uplinks of The Things Stack and queues downlinks."""
 
     name = "tts"
+    text = True
     commands: ClassVar[Mapping[str, JsonSchema]] = {
         "downlink": {
             "type": "object",
@@ -150,6 +151,11 @@ class TtsDriver(Driver):
             )
         )
         return readings
+
+    def device_id(self, uplink: Uplink) -> str | None:
+        """Return the device that the message names."""
+        found = _object(_message(uplink), "end_device_ids").get("device_id")
+        return found if isinstance(found, str) else None
 
     def state_of(self, uplink: Uplink) -> dict[str, Any]:
         """Return the topic that downlinks of the device go to."""

@@ -55,6 +55,7 @@ class Zigbee2MqttDriver(Driver):
     """Reads Zigbee2MQTT's states and sends ``set`` and ``get``."""
 
     name = "zigbee2mqtt"
+    text = True
     commands: ClassVar[Mapping[str, JsonSchema]] = {
         "set": {"type": "object", "minProperties": 1},
         "get": {"type": "object", "minProperties": 1, "additionalProperties": {"const": ""}},
