@@ -1,0 +1,271 @@
+"""`make demo`: the whole pipeline on this machine, with a simulated fleet, until Ctrl-C or for `DEMO_SECONDS`.
+
+Guarantees: what it starts it stops, also on errors and signals, and what a killed demo left running the next one ends;
+nothing but free ports of loopback and the state folder is touched. Exit code 0 only when every message that was
+acknowledged is stored or is a dead letter, and no row is there twice.
+"""
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from settings import Settings, SettingsError, environment
+from tools.simulator import Fleet, Places, Plan, Report, Watch, settle
+from tools.stack import Stack, StackError, processes
+from tools.stack.processes import ProcessId
+from tools.worker import Worker, WorkerError
+
+PLAN = Plan(devices=300, seed=1, rate=200.0, duplicates=0.02, poison=0.002, late=0.01, hot=(5.0, 25.0))
+_WORKER_FILE = "demo-worker.json"
+_SETTLE_SECONDS = 30.0
+
+
+class Screen:
+    """One line that is written over each second, and lines that stay above it; each on a line of its own in a file."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._lock = threading.Lock()
+        self._line = ""
+
+    def say(self, text: str) -> None:
+        """Print what stays."""
+        with self._lock:
+            print(f"\r{text}\x1b[K\n{self._line}" if self._live and self._line else text, flush=True)
+            if self._live and self._line:
+                print("\x1b[A", end="")
+
+    def progress(self, text: str) -> None:
+        """Print what the next second replaces; nothing where nobody watches a line change."""
+        with self._lock:
+            self._line = text
+            print(f"\r{text}\x1b[K" if self._live else text, end="" if self._live else "\n", flush=True)
+
+    def settle(self) -> None:
+        """Leave the line as it is."""
+        with self._lock:
+            if self._live and self._line:
+                print(flush=True)
+            self._line = ""
+
+
+class Demo:
+    """One demo: `run` is its whole life."""
+
+    def __init__(self, state: Path, seconds: float) -> None:
+        self.folder = state.absolute()
+        self.seconds = seconds
+        self.begun = time.monotonic()
+        self.screen = Screen()
+        self.ended = threading.Event()
+        self.stack = Stack(self.folder, report=self._report)
+        self.worker: Worker | None = None
+        self.fleet: Fleet | None = None
+        self.watch: Watch | None = None
+        self._mails_before = 0
+        self._mails_told = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the demo began."""
+        return time.monotonic() - self.begun
+
+    def run(self) -> int:
+        """Start everything, play until the end, check, stop everything; the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._end)
+        try:
+            self.stack.acquire()
+            self._end_leftover()
+            self._report(f"starting in {self.folder}; logs are in {self.folder / 'logs'}")
+            self.stack.start()
+            if not self._start_worker():
+                return 1
+            self._play()
+            return self._finish()
+        except (StackError, WorkerError, ConnectionError) as error:
+            self.screen.settle()
+            if self.ended.is_set() and self.fleet is None:
+                print("demo: stopped before it had begun")
+                return 1
+            print(f"demo: error: {error}", file=sys.stderr)
+            return 1
+        finally:
+            self._stop()
+
+    # -- its parts
+
+    def _start_worker(self) -> bool:
+        env = {**self.stack.env}
+        log = self.folder / "logs" / "worker.log"
+        self.worker = Worker(env, log=log, name="the worker", record=self._record_worker)
+        self.worker.spawn()
+        self._report(f"worker started with all stages (log: {log})")
+        told = ""
+        deadline = time.monotonic() + 120
+        while not self.worker.ready():
+            if self.ended.wait(0.1):
+                return False
+            if not self.worker.alive or time.monotonic() > deadline:
+                self.worker.wait_ready(1.0)  # raises with the reasons
+            waiting = ", ".join(sorted(self.worker.failing()))
+            if waiting and waiting != told:
+                told = waiting
+        self._report(f"every stage is ready after {self.elapsed:.1f} s")
+        return True
+
+    def _play(self) -> None:
+        assert self.worker is not None
+        env = self.stack.env
+        self._mails_before = self._mails_told = len(self._mails())
+        fleet = self.fleet = Fleet(PLAN, env["MQTT_URL"], ledger_path=self.folder / "ledger.jsonl", on_sent=self._sent)
+        fleet.start()
+        watch = self.watch = Watch(fleet.book, Places.from_env(env), begun=self.begun, on_first=self._first)
+        watch.start()
+        begun = time.monotonic()
+        self.screen.say(
+            f"demo: {PLAN.devices} devices send {PLAN.rate:.0f} messages/s, one of them runs hot from"
+            f" {timedelta(seconds=PLAN.hot[0])} to {timedelta(seconds=PLAN.hot[1])}; look at\n"  # type: ignore[index]
+            f"  dashboard   {self.worker.url}/\n"
+            f"  health      {self.worker.url}/health/ready\n"
+            f"  metrics     {self.worker.url}/metrics\n"
+            f"  mail inbox  {env['INBOX_URL']}\n"
+            f"  database    {env['DATABASE_URL']}   (table readings)\n"
+            f"  ledger      {self.folder / 'ledger.jsonl'}\n"
+            + ("  Ctrl-C ends the demo" if not self.seconds else f"  ends by itself after {self.seconds:.0f} s")
+        )
+        before = 0
+        while not self.ended.wait(1.0):
+            if self.seconds and time.monotonic() - begun >= self.seconds:
+                break
+            if not self.worker.alive:
+                raise WorkerError(f"the worker ended with exit code {self.worker.exit_code}.\n{self.worker.tail()}")
+            for part in self.stack.ended():
+                self._report(f"{part.title} ended by itself (log: {part.log}), starting it again")
+                self.stack.start(part.name)
+            if fleet.error is not None:
+                fleet.join(0)
+            self.screen.progress(self._line(fleet.acknowledged - before))
+            before = fleet.acknowledged
+            self._tell_mails()
+
+    def _line(self, rate: int) -> str:
+        assert self.fleet is not None and self.watch is not None
+        latency = self.watch.latency_seconds
+        return (
+            f"{self.elapsed:5.0f} s  {rate:5d}/s  acknowledged {self.fleet.acknowledged:,}"
+            f"  stored {self.watch.stored:,}  dead letters {self.watch.dead_letters:,}  device to row "
+            + (f"{latency * 1000:.0f} ms" if latency is not None else "-")
+        )
+
+    def _finish(self) -> int:
+        assert self.fleet is not None and self.watch is not None
+        self.screen.settle()
+        print("demo: the fleet stops; waiting until everything has arrived", flush=True)
+        self.fleet.stop()
+        self.fleet.join(60)
+        self._tell_mails()
+        self.watch.stop()
+        report = settle(self.fleet.book, Places.from_env(self.stack.env), patience_seconds=_SETTLE_SECONDS)
+        print(f"demo: the ledger of run {report.run}\n{report.text()}", flush=True)
+        return self._verdict(report)
+
+    @staticmethod
+    def _verdict(report: Report) -> int:
+        if not report.acknowledged:
+            print("demo: nothing was acknowledged", file=sys.stderr)
+            return 1
+        if not report.ok:
+            print("demo: what was sent is not what was stored", file=sys.stderr)
+            return 1
+        return 0
+
+    def _stop(self) -> None:
+        # A second Ctrl-C must not leave half of it running.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        self.screen.settle()
+        stops: list[Callable[[], object]] = [
+            *([self.fleet.close] if self.fleet else []),
+            *([self.watch.stop] if self.watch else []),
+            *([self.worker.stop] if self.worker else []),
+            *([(self.folder / _WORKER_FILE).unlink] if self.worker else []),
+            self.stack.stop,
+        ]
+        for stop in stops:
+            try:
+                stop()
+            except Exception as error:
+                print(f"demo: while stopping: {error}", file=sys.stderr)
+        print("demo: stopped; the data stay", flush=True)
+
+    # -- inside
+
+    def _end(self, _number: int, _frame: FrameType | None) -> None:
+        self.ended.set()
+        self.stack.cancel()
+
+    def _report(self, line: str) -> None:
+        self.screen.say(f"demo: {line}")
+
+    def _sent(self, message: Any) -> None:
+        if self.watch is not None:
+            self.watch.sent(message)
+
+    def _first(self, device: str, seconds: float) -> None:
+        self._report(f"first reading stored after {seconds:.1f} s, of device {device}")
+
+    def _record_worker(self, process: ProcessId) -> None:
+        (self.folder / _WORKER_FILE).write_text(json.dumps(process))
+
+    def _end_leftover(self) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            process = ProcessId(*json.loads((self.folder / _WORKER_FILE).read_text()))
+            if processes.is_running(process):
+                self._report(f"ending worker {process.pid}, left by a demo that was killed")
+                processes.end(process, polite=signal.SIGTERM, patience_seconds=20)
+
+    def _mails(self) -> list[dict[str, Any]]:
+        try:
+            url = f"{self.stack.env['INBOX_URL']}/messages.json"
+            with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - the stack's own page
+                found: list[dict[str, Any]] = json.load(answer)
+        except (OSError, ValueError):
+            return []
+        return found
+
+    def _tell_mails(self) -> None:
+        mails = self._mails()
+        for mail in mails[self._mails_told :][:5]:
+            which = "first alarm mail" if self._mails_told == self._mails_before else "mail"
+            self._report(f"{which} after {self.elapsed:.1f} s: {mail.get('subject')!r} to {mail.get('to')}")
+            self._mails_told += 1
+        self._mails_told = max(self._mails_told, len(mails))
+
+
+def main() -> int:
+    """Run the demo as the environment says (`HEADRACE_STATE`, `DEMO_SECONDS`)."""
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    try:
+        settings = Settings.from_env(
+            {name: value for name, value in environment().items() if name in ("HEADRACE_STATE", "DEMO_SECONDS")}
+        )
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return Demo(Path(settings.headrace_state), settings.demo_seconds).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
