@@ -171,4 +171,5 @@ app = HostApp(
 )
 metrics.REGISTRY.register(metrics.StageCollector(app.apps))
 
-import streams.web  # noqa: E402, F401  (adds the pages to ``app``)
+import streams.api  # noqa: E402
+import streams.web  # noqa: E402, F401  (add the pages to ``app``)

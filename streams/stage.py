@@ -156,6 +156,8 @@ def faust_options(settings: configuration.Settings, folder: str) -> dict[str, An
         "producer_request_timeout": broker.request_timeout_seconds,
         "producer_acks": -1,
         "web_enabled": False,
+        "web_router_enabled": False,
+        "web_tables_enabled": False,
         "web_host": settings.web_bind.host,
         "web_bind": settings.web_bind.host,
         "web_port": settings.web_bind.port,
