@@ -1,8 +1,9 @@
 """Protobuf messages from field tables: descriptors are built when a driver is imported, no ``protoc`` anywhere.
 
 A table maps a message's name to its fields, ``"uint32 id = 1; repeated sint32 samples = 5; Other inner = 6"``, an
-enum's name to its values, ``"NONE = 0; SOME = 1"``. Beside the builder: JSON schema of a message, filling a message
-from such JSON, and the flat view of a message that becomes labels and values.
+enum's name to its values, ``"NONE = 0; SOME = 1"``. The wire is that of proto3; ``optional`` gives a scalar presence,
+which is how proto2 is read. Beside the builder: JSON schema of a message, filling a message from such JSON, and the
+flat view of a message that becomes labels and values.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _RANGES: Final[Mapping[int, tuple[int, int]]] = {
 
 
 def build(
-    package: str, messages: Mapping[str, str], enums: Mapping[str, str] | None = None, *, syntax: str = "proto3"
+    package: str, messages: Mapping[str, str], enums: Mapping[str, str] | None = None
 ) -> dict[str, type[Message]]:
     """Return the class of each message; raises ValueError for a table that is none."""
     enums = enums or {}
-    file = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package, syntax=syntax)
+    file = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package, syntax="proto3")
     for name, text in enums.items():
         enum = file.enum_type.add(name=name)
         for entry in filter(None, (part.strip() for part in text.split(";"))):
@@ -57,6 +58,12 @@ def build(
                 raise ValueError(f"{name}: {entry!r} is no field")
             label = _Proto.LABEL_REPEATED if found["label"] == "repeated" else _Proto.LABEL_OPTIONAL
             field = message.field.add(name=found["name"], number=int(found["number"]), label=label)
+            if found["label"] == "optional":
+                # Presence in proto3 is a oneof of its own (descriptor.proto); proto2 would let text through that is
+                # not UTF-8.
+                field.proto3_optional = True
+                field.oneof_index = len(message.oneof_decl)
+                message.oneof_decl.add(name=f"_{found['name']}")
             kind = found["type"]
             if kind in _SCALARS:
                 field.type = _SCALARS[kind]

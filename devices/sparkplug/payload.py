@@ -47,7 +47,7 @@ _MESSAGES: Final = {
         optional string template_ref = 4; optional bool is_definition = 5""",
     "Parameter": "optional string name = 1; optional uint32 type = 2;" + _VALUE.format(3, 4, 5, 6, 7, 8),
 }
-_classes = protobuf.build("headrace.sparkplug", _MESSAGES, syntax="proto2")
+_classes = protobuf.build("headrace.sparkplug", _MESSAGES)
 PAYLOAD: Final = _classes["Payload"]
 
 INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64 = range(1, 9)
