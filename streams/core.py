@@ -20,7 +20,7 @@ import settings as configuration
 from devices.configfile import ConfigErrors
 from streams import metrics, topics
 from streams.events import EVENTS
-from streams.provision import check_table_partitions, provision
+from streams.provision import TableNeeds, provision, table_partitions
 from streams.resilience.failures import Fatal
 from streams.resilience.health import HealthMonitor
 from streams.stage import REGISTERED, Stage, StageApp, faust_options, resilience_options
@@ -82,7 +82,10 @@ class Pipeline(Service):
             await self.prepare_topics()
             if self.should_stop:
                 return
-            await check_table_partitions(SETTINGS, [pair for stage in stages for pair in table_pairs(stage)])
+            counts = await table_partitions(SETTINGS, [needs for stage in stages if (needs := table_needs(stage))])
+            for stage in stages:
+                if stage.name in counts:
+                    stage.app.conf.topic_partitions = counts[stage.name]
             self.problem = None
             for stage in stages:
                 stage.app.finalize()
@@ -112,11 +115,12 @@ class Pipeline(Service):
         await watch(self)
 
 
-def table_pairs(stage: Stage) -> list[tuple[str, str]]:
-    """Return each topic that a stage consumes with each changelog of its tables that follows it."""
+def table_needs(stage: Stage) -> TableNeeds | None:
+    """Return what a stage's tables follow; None for a stage without tables."""
     changelogs = sorted(stage.app.tables.changelog_topics)
-    sources = [declaration.name for declaration in stage.consumes if not declaration.compacted]
-    return [(source, changelog) for source in sources for changelog in changelogs]
+    if not changelogs:
+        return None
+    return TableNeeds(stage.name, [declared.name for declared in stage.consumes if not declared.compacted], changelogs)
 
 
 class HostApp(StageApp):

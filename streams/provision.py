@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
@@ -59,20 +59,29 @@ async def _provision(settings: Settings, topics: list[Declaration]) -> None:
     try:
         known = set(await admin.list_topics())
         missing = [topic for topic in topics if topic.name not in known]
-        if missing:
-            await _create(admin, settings, missing)
+        for group in ([topic for topic in missing if not topic.like], [topic for topic in missing if topic.like]):
+            if group:
+                await _create(admin, settings, group, await _counts(admin))
         await _check(admin, [topic for topic in topics if topic.name in known])
         await _wait_for_leaders(admin, [topic.name for topic in topics])
     finally:
         await admin.close()
 
 
-async def _create(admin: AIOKafkaAdminClient, settings: Settings, missing: list[Declaration]) -> None:
+async def _counts(admin: AIOKafkaAdminClient) -> dict[str, int]:
+    """Return the number of partitions of every topic that exists."""
+    names = await admin.list_topics()
+    return {topic["topic"]: len(topic["partitions"]) for topic in (await admin.describe_topics(names) if names else [])}
+
+
+async def _create(
+    admin: AIOKafkaAdminClient, settings: Settings, missing: list[Declaration], counts: dict[str, int]
+) -> None:
     response = await admin.create_topics(
         [
             NewTopic(
                 topic.name,
-                settings.topic_partitions,
+                counts.get(topic.like or "", settings.topic_partitions),
                 settings.topic_replication,
                 topic_configs=topic.config(settings),
             )
@@ -83,7 +92,7 @@ async def _create(admin: AIOKafkaAdminClient, settings: Settings, missing: list[
         if code and code != TopicAlreadyExistsError.errno:
             raise for_code(code)(f"topic {name} cannot be created: {message}")
         if not code:
-            log.info("Created topic %s with %d partitions", name, settings.topic_partitions)
+            log.info("Created topic %s", name)
 
 
 async def _check(admin: AIOKafkaAdminClient, topics: list[Declaration]) -> None:
@@ -126,28 +135,46 @@ async def _wait_for_leaders(admin: AIOKafkaAdminClient, names: list[str]) -> Non
     raise TimeoutError(f"no leader for a partition of {', '.join(names)}")
 
 
-async def check_table_partitions(settings: Settings, pairs: Iterable[tuple[str, str]]) -> None:
-    """Check that each changelog has as many partitions as the topic that its table follows.
+class TableNeeds(NamedTuple):
+    """The topics that agents of a stage with tables consume, and the changelogs of these tables."""
 
-    ``pairs``: (topic, changelog) names; either may not exist yet. Raises Fatal where they differ.
+    stage: str
+    sources: list[str]
+    changelogs: list[str]
+
+
+async def table_partitions(settings: Settings, needs: Iterable[TableNeeds]) -> dict[str, int]:
+    """Return, for each stage with tables, how many partitions its tables have: as many as the topics that they follow.
+
+    Raises:
+        Fatal: these topics differ among themselves, or from a changelog that exists: rows would be looked for in the
+            wrong partition.
     """
-    pairs = list(pairs)
-    if not pairs:
-        return
+    needs = list(needs)
+    if not needs:
+        return {}
     admin = AIOKafkaAdminClient(**settings.kafka_client_options())
     await admin.start()
     try:
-        known = set(await admin.list_topics())
-        names = sorted({name for pair in pairs for name in pair} & known)
-        counts = {
-            topic["topic"]: len(topic["partitions"]) for topic in (await admin.describe_topics(names) if names else [])
-        }
+        counts = await _counts(admin)
     finally:
         await admin.close()
-    for topic, changelog in pairs:
-        if topic in counts and changelog in counts and counts[topic] != counts[changelog]:
+    found: dict[str, int] = {}
+    for stage, sources, changelogs in needs:
+        present = {name: counts[name] for name in sources if name in counts}
+        if len(set(present.values())) > 1:
             raise Fatal(
-                f"topic {topic} has {counts[topic]} partitions and {changelog}, which keeps a table of what comes from "
-                f"it, has {counts[changelog]}: rows would be looked for in the wrong partition. Give both the same "
-                f"number, or delete {changelog} to build the table anew"
+                f"stage {stage} keeps tables of {', '.join(f'{n} ({c} partitions)' for n, c in sorted(present.items()))}: "
+                f"these topics need the same number of partitions; create the ones that are short anew, or add to them"
             )
+        if not present:
+            continue
+        found[stage] = wanted = next(iter(present.values()))
+        for changelog in changelogs:
+            if counts.get(changelog, wanted) != wanted:
+                raise Fatal(
+                    f"topic {next(iter(present))} has {wanted} partitions and {changelog}, which keeps a table of what "
+                    f"comes from it, has {counts[changelog]}: rows would be looked for in the wrong partition. Give both "
+                    f"the same number, or delete {changelog} to build the table anew"
+                )
+    return found

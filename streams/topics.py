@@ -12,7 +12,7 @@ from typing import Any, Literal
 import settings as configuration
 from streams import messages
 
-Keeping = Literal["data", "events", "errors", "forever"]
+Keeping = Literal["data", "events", "errors", "forever", "ticks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class Declaration:
     type: type[Any] | None
     keeping: Keeping
     compacted: bool = False
+    #: the topic (full name) whose number of partitions this one must have
+    like: str | None = None
 
     @property
     def decode(self) -> Callable[[bytes], Any]:
@@ -39,6 +41,7 @@ class Declaration:
             "events": settings.retention_events_seconds,
             "errors": settings.retention_errors_seconds,
             "forever": None,
+            "ticks": 3600.0,
         }[self.keeping]
 
     def config(self, settings: configuration.Settings) -> dict[str, str]:
@@ -71,7 +74,37 @@ desk = Declaration(
     "dlq-desk", configuration.load().topic(f"{configuration.load().app_id}-dlq-desk"), None, "forever", compacted=True
 )
 
-ALL = (raw_data, validated_data, alarm_rules, devices, alerts, commands, command_status, alert_actions, errors, desk)
+ALL: list[Declaration] = [
+    raw_data,
+    validated_data,
+    alarm_rules,
+    devices,
+    alerts,
+    commands,
+    command_status,
+    alert_actions,
+    errors,
+    desk,
+]
+
+
+def internal(
+    name: str, type_: type[Any] | None, keeping: Keeping, *, compacted: bool = False, like: Declaration | None = None
+) -> Declaration:
+    """Declare a topic that is nobody's business but Headrace's, ``{APP_ID}-{name}``; it is created with the others."""
+    known = by_name(name)
+    if known is not None:
+        return known
+    settings = configuration.load()
+    full = settings.topic(f"{settings.app_id}-{name}")
+    made = Declaration(name, full, type_, keeping, compacted, like.name if like else None)
+    ALL.append(made)
+    return made
+
+
+def ticks(stage: str, type_: type[Any], like: Declaration) -> Declaration:
+    """Declare the ticks of a stage: time as records of each partition, so that timers are under commit control too."""
+    return internal(f"{stage}-ticks", type_, "ticks", like=like)
 
 
 def by_name(name: str) -> Declaration | None:

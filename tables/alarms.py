@@ -1,0 +1,74 @@
+"""The states of alarms: one row per device, index, label and rule, on RocksDB, with a changelog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from settings import Settings
+
+_OFFSET_KEY = b"__faust\0offset__"
+
+
+def rocksdb_options(settings: Settings) -> dict[str, int]:
+    """Return options that bound a table's memory; Faust's own defaults are 2 GiB of cache per partition."""
+    return {
+        "block_cache_size": max(1 << 20, settings.rocksdb_cache_bytes // 8),
+        "write_buffer_size": settings.rocksdb_write_buffer_bytes,
+        "max_write_buffer_number": 2,
+    }
+
+
+def declare(app: Any, settings: Settings) -> Any:
+    """Return the table ``alarm_states`` of ``app``: key and value as bytes."""
+    return app.Table(
+        "alarm_states",
+        key_type=bytes,
+        value_type=bytes,
+        options=rocksdb_options(settings),
+        help="One state per device, index, label and rule.",
+    )
+
+
+class PartitionStates(MutableMapping[str, bytes]):
+    """The rows of one partition. Reads and writes only while an event of that partition is at hand (Faust's rule)."""
+
+    def __init__(self, table: Any, partition: int) -> None:
+        self.table = table
+        self.partition = partition
+
+    def __getitem__(self, key: str) -> bytes:
+        found = self.table.data.get(key.encode())
+        if found is None:
+            raise KeyError(key)
+        return bytes(found)
+
+    def get(self, key: str, default: bytes | None = None) -> bytes | None:  # type: ignore[override]
+        """Return the row of ``key``."""
+        found = self.table.data.get(key.encode())
+        return default if found is None else bytes(found)
+
+    def __setitem__(self, key: str, value: bytes) -> None:
+        self.table[key.encode()] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.table[key.encode()]
+
+    def _pairs(self) -> Iterator[tuple[str, bytes]]:
+        store = self.table.data
+        database = getattr(store, "_dbs", {}).get(self.partition)
+        # a store in memory (tests) has no partitions
+        pairs = store.items() if not hasattr(store, "_dbs") else database.items() if database is not None else ()
+        for key, value in pairs:
+            if bytes(key) != _OFFSET_KEY:
+                yield bytes(key).decode(), bytes(value)
+
+    def items(self) -> Any:
+        """Return the rows of this partition."""
+        return list(self._pairs())
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key, _ in self._pairs())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._pairs())
