@@ -1,6 +1,7 @@
-"""Readings are stored.
+"""Readings are stored, and the lives of alerts and commands.
 
-Consumes ``iot_validated_data`` (Reading), writes the table ``readings``. Key: device, index, label and sample time.
+Consumes ``iot_validated_data`` (Reading), ``iot_alerts``, ``device_commands``, ``iot_command_status``; writes the tables
+``readings``, ``alerts`` and ``commands``. Key of a reading: device, index, label and sample time.
 Guarantee: a reading that Kafka has is a row, however often it is delivered; a redelivered one changes nothing.
 Retried: everything that is the database's fault (away, restarting, deadlock, disk full), for ever, its partitions paused.
 Dead-lettered: ``poison`` a reading with a value that PostgreSQL can never hold, and it alone.
@@ -9,12 +10,12 @@ Dropped: readings of which nothing is to be kept (``not_persisted``: the profile
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from mode import Service
 
-from agents.stores.base import Row, Store, open_store
+from agents.stores.base import BadRow, Row, Store, open_store
 from agents.stores.rows import rows_of
 from streams import topics
 from streams.messages import Reading
@@ -81,6 +82,47 @@ def current() -> Ingest:
 async def ingest(stream: Any) -> None:
     """Store the readings of each chunk. Two chunks at a time: rows have their own time, so order does not matter."""
     write = current().write
+    async for chunk in stream:
+        await chunk.all(write)
+
+
+Lives = Callable[[Sequence[Any]], Awaitable[list[BadRow]]]
+
+
+def write_lives(method: str) -> Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]]]]:
+    """Return a handler that hands messages to ``method`` of the store and tells which can never be stored."""
+
+    async def write(items: list[Any]) -> Iterable[tuple[int, BaseException]]:
+        store_method: Lives | None = getattr(current().store, method, None)
+        if store_method is None:
+            # a store of readings alone (line protocol) keeps no lives
+            return ()
+        positions = {id(item): position for position, item in enumerate(items)}
+        return sorted({positions[id(bad.row)]: bad.exception for bad in await store_method(items)}.items())
+
+    return write
+
+
+@ingestor.agent(topics.alerts, chunks=True, name="ingestor-alerts")
+async def ingest_alerts(stream: Any) -> None:
+    """Keep the life of each alert."""
+    write = write_lives("write_alerts")
+    async for chunk in stream:
+        await chunk.all(write)
+
+
+@ingestor.agent(topics.commands, chunks=True, name="ingestor-commands")
+async def ingest_commands(stream: Any) -> None:
+    """Keep each command."""
+    write = write_lives("write_commands")
+    async for chunk in stream:
+        await chunk.all(write)
+
+
+@ingestor.agent(topics.command_status, chunks=True, name="ingestor-command-status")
+async def ingest_command_statuses(stream: Any) -> None:
+    """Keep each step in the life of a command."""
+    write = write_lives("write_command_statuses")
     async for chunk in stream:
         await chunk.all(write)
 
