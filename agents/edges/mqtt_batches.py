@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from agents.edges.mqtt_connection import Connection
-from agents.edges.mqtt_wire import AckQueue, Arrival
+from agents.edges.mqtt_wire import CONNECTORS, AckQueue, Arrival
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,15 @@ class Batch:
     Call exactly one of :meth:`acknowledge` and :meth:`release`, from the event loop; later calls do nothing.
     """
 
-    __slots__ = ("_done", "_session", "_unacked", "messages", "size_bytes")
+    __slots__ = ("_arrivals", "_done", "_session", "_unacked", "messages", "size_bytes")
 
-    def __init__(self, session: Session, messages: list[Arrival]) -> None:
-        self.messages = messages
-        self.size_bytes = sum(len(message.payload) for message in messages)
+    def __init__(self, session: Session, arrivals: list[Arrival]) -> None:
+        # a filter of one's own like +/+/+ brings connectors' records, too (amqtt sends them whatever the filter)
+        self.messages = [arrival for arrival in arrivals if not arrival.topic.startswith(CONNECTORS)]
+        self.size_bytes = sum(len(arrival.payload) for arrival in arrivals)
         self._session = session
-        self._unacked = session.acks.add([(message.mid, message.qos) for message in messages if message.qos])
+        self._arrivals = len(arrivals)
+        self._unacked = session.acks.add([(arrival.mid, arrival.qos) for arrival in arrivals if arrival.qos])
         self._done = False
 
     @property
@@ -154,7 +156,7 @@ class Session:
     def _let_go(self, batch: Batch) -> None:
         acked = len(batch._unacked.acks)
         self.in_hand -= acked
-        self._qos0 -= len(batch.messages) - acked
+        self._qos0 -= batch._arrivals - acked
         self.in_hand_bytes -= batch.size_bytes
 
     def _pace(self) -> None:

@@ -19,7 +19,6 @@ keeps collecting at the broker until it expires.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
 import secrets
@@ -27,13 +26,13 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
 
 import aiomqtt
 
 from agents.edges.mqtt_batches import Batch, Count, Session, SourceEvent
-from agents.edges.mqtt_connection import ConnectError, Connection
+from agents.edges.mqtt_connection import Connection
 from agents.edges.mqtt_dialer import Dialer, TlsFiles
+from agents.edges.mqtt_errors import ConnectError
 from agents.edges.mqtt_presence import Presence
 from agents.edges.mqtt_wire import Arrival, check_filter, check_share
 from streams.resilience.backoff import Backoff
@@ -42,8 +41,6 @@ from streams.resilience.failures import Retryable
 __all__ = ["Arrival", "Batch", "MqttSource", "SourceEvent", "SourceState", "SourceStatus", "TlsFiles"]
 
 log = logging.getLogger(__name__)
-
-_TAKEN_OVER_SECONDS: Final = 60.0
 
 
 class SourceState(enum.Enum):
@@ -72,6 +69,13 @@ class SourceStatus:
 Deliver = Callable[[Batch], Awaitable[None]]
 
 
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel ``task`` until it is done: asyncio.wait_for of Python 3.11, which aiomqtt uses, can swallow one."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait((task,), timeout=5.0)
+
+
 class MqttSource:
     """Receive from ``topics`` of the broker at ``url`` for ever.
 
@@ -79,8 +83,9 @@ class MqttSource:
     ``inflight``: the most unacknowledged messages, 1 to 65,535. ``batch_messages``: the most in one batch; a quarter of
     ``inflight`` by default, so that several are on their way at once. ``session_expiry_seconds``: how long an MQTT 5
     broker collects for us while we are away. ``on_event(event, count)`` is for counters; it must not raise.
-    ``timeout_seconds``: how long the broker may take to answer. ``answer_seconds`` is :class:`Presence`'s. Raises
-    ValueError for what cannot be right, before anything connects.
+    ``timeout_seconds``: how long the broker may take to answer. ``standby_seconds``: how long to leave the session to a
+    client that took it and is no connector. ``answer_seconds`` is :class:`Presence`'s. Raises ValueError for what
+    cannot be right, before anything connects.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class MqttSource:
         batch_messages: int | None = None,
         keepalive_seconds: float = 30,
         timeout_seconds: float = 10.0,
+        standby_seconds: float = 60.0,
         answer_seconds: float = 2.0,
         backoff: Backoff | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -133,6 +139,7 @@ class MqttSource:
             client_id=client_id,
             instance=new_instance(),
             backoff=Backoff(self._backoff.base_seconds, self._backoff.cap_seconds, rng=self._backoff.rng),
+            working=lambda: self._session is not None and self._session.connection.is_open,
             answer_seconds=answer_seconds,
             wall_clock=wall_clock,
         )
@@ -141,6 +148,8 @@ class MqttSource:
         self._detail = "not started"
         self._refused: tuple[str, ...] = ()
         self._subscribed = False
+        self._standby_seconds = standby_seconds
+        self._lost_alone = 0
         self._stopping = asyncio.Event()
 
     # --- a look from outside ------------------------------------------------------------------------------------------
@@ -180,7 +189,7 @@ class MqttSource:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self, deliver: Deliver) -> None:
-        """Receive until :meth:`stop` or cancellation, handing every batch to ``deliver``.
+        """Receive until :meth:`stop` or cancellation, handing every batch to ``deliver``. A source runs once.
 
         ``deliver`` may wait; messages pile up meanwhile, within the bounds. If it raises, the connection is closed, so
         that the broker delivers again; an error that is none of a connection ends this method.
@@ -198,8 +207,7 @@ class MqttSource:
             # The messages' session first: whoever stands by takes the role as soon as our record is gone.
             stopping.cancel()
             for task in (work, presence):
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                await _end(task)
 
     async def stop(self, drain_seconds: float = 5.0) -> None:
         """Stop receiving and end :meth:`run`.
@@ -218,16 +226,16 @@ class MqttSource:
         while True:
             if not self._presence.is_mine:
                 await self._stand_by()
-            delay = 0.0
+            opened = asyncio.get_running_loop().time()
             try:
                 await self._serve(deliver)
             except (aiomqtt.MqttError, OSError) as exc:
                 self._count(SourceEvent.CONNECT_FAILED, 1)
                 self._fail(str(exc))
-                delay = self._backoff.next()
+                await asyncio.sleep(self._backoff.next())
             else:
-                delay = self._after_loss()
-            await asyncio.sleep(delay)
+                if self._presence.is_mine:
+                    await self._after_loss(asyncio.get_running_loop().time() - opened)
 
     async def _stand_by(self) -> None:
         presence = self._presence
@@ -236,25 +244,30 @@ class MqttSource:
                 self._set(SourceState.CONNECTING, presence.last_error)
             elif (holder := presence.holder).instance:
                 self._set(SourceState.STANDBY, f"connector {holder.instance} on {holder.host} (pid {holder.pid}) works")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(presence.wait_mine(mine=True), 1.0)
+            await presence.wait_change(1.0)
 
-    def _after_loss(self) -> float:
-        """Return how long to wait, in seconds, after a connection that had been open."""
-        session = self._session
-        if not self._presence.is_mine:
-            return 0.0
-        if session is not None and session.connection.taken_over:
-            # A client that is no connector of ours, or one that does not see our records.
-            self._count(SourceEvent.TAKEN_OVER, 1)
-            delay = max(_TAKEN_OVER_SECONDS, self._backoff.next())
-            self._fail(
-                f"another client has connected with client id {self._client_id!r}; standing by for {delay:.0f} s. "
-                "Give each its own MQTT_CLIENT_ID"
-            )
-            self._state = SourceState.STANDBY
-            return delay
-        return self._backoff.next()
+    async def _after_loss(self, lived_seconds: float) -> None:
+        """Wait before connecting again; long where somebody else has taken our client id.
+
+        Some brokers say so (reason 0x8E). mosquitto 2.0 just closes, so that a connection which is soon lost while our
+        other one to the same broker lives on, twice in a row, counts as taken over, too.
+        """
+        told = self._session is not None and self._session.connection.taken_over
+        beside = self._presence.connection
+        await asyncio.sleep(self._backoff.next())
+        alone = beside is not None and self._presence.connection is beside and lived_seconds < self._standby_seconds
+        self._lost_alone = self._lost_alone + 1 if alone else 0
+        if not told and self._lost_alone < 2:
+            return
+        # A client that is no connector of ours, or a connector that cannot see our records.
+        self._lost_alone = 0
+        self._count(SourceEvent.TAKEN_OVER, 1)
+        self._fail(
+            f"another client connects with client id {self._client_id!r}; standing by for {self._standby_seconds:g} s. "
+            "Give each its own MQTT_CLIENT_ID"
+        )
+        self._state = SourceState.STANDBY
+        await asyncio.sleep(self._standby_seconds)
 
     async def _serve(self, deliver: Deliver) -> None:
         """Hold one connection until it is lost or the role is."""
@@ -263,12 +276,11 @@ class MqttSource:
         connection = await self._open(session)
         tasks: list[asyncio.Task[object]] = []
         try:
-            self._presence.set_active(True)
             await self._subscribe(connection)
             self._set(SourceState.ACTIVE, f"receiving from {self._dialer.url}")
             handing = asyncio.create_task(self._hand_over(session, deliver))
             lost = asyncio.create_task(connection.wait_lost())
-            yielded = asyncio.create_task(self._presence.wait_mine(mine=False))
+            yielded = asyncio.create_task(self._presence.wait_yield())
             tasks = [handing, lost, yielded]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if handing.done():
@@ -283,7 +295,6 @@ class MqttSource:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await connection.close()
-            self._presence.set_active(False)
 
     async def _open(self, session: Session) -> Connection:
         # Messages may arrive with the CONNACK, before this coroutine goes on: they wait until it does.
@@ -326,7 +337,11 @@ class MqttSource:
             await session.arrived.wait()
             session.arrived.clear()
             while session.waiting:
-                await deliver(session.take(self._batch_messages))
+                batch = session.take(self._batch_messages)
+                if batch.messages:
+                    await deliver(batch)
+                else:
+                    batch.acknowledge()
             self._backoff.healthy()
 
     def _set(self, state: SourceState, detail: str) -> None:

@@ -25,6 +25,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from agents.edges.mqtt_errors import ConnectError, Refused, Unanswered, UnsupportedProtocol
 from agents.edges.mqtt_paho import Arrivals, PahoClient
 from agents.edges.mqtt_wire import BrokerUrl, PacketReader, ack_bytes
 from streams.resilience.failures import Rejected, Retryable
@@ -32,26 +33,11 @@ from streams.resilience.failures import Rejected, Retryable
 # Reason codes of MQTT 5 (2.4)
 NO_MATCHING_SUBSCRIBERS: Final = 0x10
 _UNSUPPORTED_PROTOCOL: Final = 0x84
-_REFUSED: Final = frozenset({0x85, 0x86, 0x87, 0x8A, 0x8C})  # identifier, credentials, authorization, banned
+# identifier, credentials, authorization, banned, authentication method, no retained messages (a will), no such QoS
+_REFUSED: Final = frozenset({0x85, 0x86, 0x87, 0x8A, 0x8C, 0x9A, 0x9B})
 SESSION_TAKEN_OVER: Final = 0x8E
 # what trying again with the same publication cannot cure: not authorized, topic name, packet too large, payload format
 _PUBLISH_REJECTED: Final = frozenset({0x87, 0x90, 0x95, 0x99})
-
-
-class ConnectError(aiomqtt.MqttError):
-    """The broker could not be reached or did not accept us."""
-
-
-class UnsupportedProtocol(ConnectError):
-    """The broker does not speak this version of MQTT, or hung up at the sight of it (``certain`` tells which)."""
-
-    def __init__(self, message: str, *, certain: bool) -> None:
-        super().__init__(message)
-        self.certain = certain
-
-
-class Refused(ConnectError):
-    """The broker knows us and says no: client id, credentials or rights."""
 
 
 class Connection(aiomqtt.Client):
@@ -105,18 +91,17 @@ class Connection(aiomqtt.Client):
         )
         self.mqtt5 = mqtt5
         self.session_present = False
-        self.server: dict[str, Any] = {}
-        """What the broker granted in its CONNACK (MQTT 5), by property name."""
+        self.server: dict[str, Any] = {}  # what the broker granted in its CONNACK (MQTT 5), by property name
         self.taken_over = False
         self._thread = threading.get_ident()
         self._abandoned = False
         self._paused = False
         self._socket_fd = -1
+        self._pong = asyncio.Event()
         self._answers: dict[int, asyncio.Future[int]] = {}
         self._client = self._make_paho(client_id, common, url, will, tls_context)
         self._client.reader = PacketReader(mqtt5=mqtt5, max_message_bytes=max_message_bytes)
-        self._client.on_arrivals = on_arrivals
-        self._client.clock = clock
+        self._client.on_arrivals, self._client.on_pong, self._client.clock = on_arrivals, self._pong.set, clock
 
     def _make_paho(
         self,
@@ -151,40 +136,56 @@ class Connection(aiomqtt.Client):
             client.will_set(will.topic, will.payload, will.qos, will.retain, will.properties)
         return client
 
-    # --- life ---------------------------------------------------------------------------------------------------------
-
     async def open(self) -> None:
         """Connect and wait for CONNACK.
 
-        Raises :class:`UnsupportedProtocol`, :class:`Refused` or :class:`ConnectError`.
+        Raises :class:`ConnectError` or one of its kind (``mqtt_errors``).
         """
         try:
             await self.__aenter__()
+            # asyncio.wait_for of Python 3.11, which aiomqtt uses, can swallow a cancellation
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError
         except aiomqtt.MqttCodeError as exc:
             self._drop()
             code = exc.rc.value if isinstance(exc.rc, ReasonCode) else -1
             message = f"broker {self._hostname}:{self._port} refused the connection: {exc}"
             if code == _UNSUPPORTED_PROTOCOL:
-                raise UnsupportedProtocol(message, certain=True) from None
+                raise UnsupportedProtocol(message) from None
             if code in _REFUSED:
                 raise Refused(message) from None
             raise ConnectError(message) from None
         except (aiomqtt.MqttError, OSError, ValueError) as exc:
+            connected = self._socket_fd >= 0
             self._drop()
             if isinstance(exc, ConnectError):
                 raise
+            if connected:
+                message = f"broker {self._hostname}:{self._port} did not answer within {self.timeout:g} s"
+                raise Unanswered(message, silent=True) from None
             raise ConnectError(f"broker {self._hostname}:{self._port} cannot be reached: {exc}") from None
         except BaseException:
             self._drop()
             raise
 
     async def close(self) -> None:
-        """Send what is queued and DISCONNECT, then close; the session stays. Never raises but CancelledError."""
+        """Send what is queued and DISCONNECT, then close; the session stays. Never raises but CancelledError.
+
+        A ping after the last acknowledgement makes sure that the broker has read them all: one that is still busy with
+        them drops the rest when the next connection takes the session over.
+        """
         try:
             if self.is_open:
+                self._client.on_arrivals = lambda _: None  # unacknowledged, so that they come again
+                self.resume()
+                self._pong.clear()
+                self._client.ping()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(2.0):
+                        await self._pong.wait()
+            if self.is_open:
                 self._client.disconnect()
-                with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(self._disconnected), 2.0)
+                await asyncio.wait((self._disconnected,), timeout=2.0)
         finally:
             self._drop()
 
@@ -202,6 +203,9 @@ class Connection(aiomqtt.Client):
         for future in (self._connected, self._disconnected):
             if future.done() and not future.cancelled():
                 future.exception()  # seen; asyncio need not report it
+        self._fail_answers()
+
+    def _fail_answers(self) -> None:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(Retryable("MQTT: connection closed before the broker acknowledged"))
@@ -222,8 +226,6 @@ class Connection(aiomqtt.Client):
         exc = self._disconnected.exception() if not self._disconnected.cancelled() else None
         return str(exc) if exc is not None else "closed"
 
-    # --- work ---------------------------------------------------------------------------------------------------------
-
     async def subscribe_all(self, filters: Sequence[str], *, qos: int) -> list[str]:
         """Subscribe to ``filters`` and return those that the broker refused.
 
@@ -234,7 +236,15 @@ class Connection(aiomqtt.Client):
             topics = [(item, SubscribeOptions(qos=qos, retainHandling=1)) for item in filters]
         else:
             topics = [(item, qos) for item in filters]
-        codes: Any = await self.subscribe(topics)
+        subscribing = asyncio.ensure_future(self.subscribe(topics))
+        try:
+            # aiomqtt alone would wait for its timeout when the connection is lost before SUBACK
+            await asyncio.wait((subscribing, self._disconnected), return_when=asyncio.FIRST_COMPLETED)
+            if not subscribing.done():
+                raise ConnectError("the connection was lost before the broker confirmed the subscription")
+            codes: Any = subscribing.result()
+        finally:
+            subscribing.cancel()
         return [
             item
             for item, code in zip(filters, codes, strict=True)
@@ -263,7 +273,8 @@ class Connection(aiomqtt.Client):
             return 0
         answer = self._answers[info.mid] = self._loop.create_future()
         try:
-            code = await asyncio.wait_for(answer, self.timeout)
+            async with asyncio.timeout(self.timeout):
+                code = await answer
         except TimeoutError:
             raise Retryable(f"MQTT: no acknowledgement of {topic!r} within {self.timeout:g} s") from None
         finally:
@@ -289,8 +300,6 @@ class Connection(aiomqtt.Client):
                 self._loop.add_reader(self._socket_fd, self._readable)
                 self._loop.call_soon(self._readable)  # TLS may hold bytes that no selector sees
 
-    # --- callbacks of paho --------------------------------------------------------------------------------------------
-
     def _readable(self) -> None:
         if self._abandoned or self._paused:
             return
@@ -309,6 +318,7 @@ class Connection(aiomqtt.Client):
                 future.set_exception(error)
                 break
         self._client.drop()
+        self._fail_answers()
 
     def _on_connect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
         self.session_present = flags.session_present
@@ -324,12 +334,11 @@ class Connection(aiomqtt.Client):
             # aiomqtt would wait for its timeout here
             where = f"broker {self._hostname}:{self._port}"
             self._connected.set_exception(
-                UnsupportedProtocol(
-                    f"{where} closed the connection in place of a CONNACK ({reason_code})", certain=False
-                )
+                Unanswered(f"{where} closed the connection in place of a CONNACK ({reason_code})", silent=False)
             )
             return
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
+        self._fail_answers()
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any = None) -> None:
         answer = self._answers.get(mid)
@@ -385,7 +394,7 @@ class Connection(aiomqtt.Client):
             if not self._paused:
                 if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
                     return
-            elif self._loop.time() - last_ping >= self._keepalive / 3:
+            elif self._loop.time() - last_ping >= self._client.keepalive / 3:
                 last_ping = self._loop.time()
                 self._client.ping()
             await asyncio.sleep(1)

@@ -1,8 +1,9 @@
 """How to reach the broker: address, TLS, and which version of MQTT it speaks.
 
-Guarantee: MQTT 5 is tried first. A broker that says that it does not speak it is asked in 3.1.1 from then on; one that
-hangs up at the sight of it is asked in 3.1.1 once, and in 5 again the next time, because a broker that is just starting
-or stopping hangs up too.
+Guarantee: MQTT 5 is tried first. A broker that says that it does not speak it is asked in 3.1.1 from then on, and so is
+one that leaves a CONNECT of MQTT 5 unanswered (amqtt reads it as 3.1.1 and waits for more) and answers one of 3.1.1.
+One that hangs up is asked in 3.1.1 once, and in 5 again the next time, because a broker that is just starting or
+stopping hangs up too. A broker that has once spoken MQTT 5 is spoken to in it until it says otherwise.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import aiomqtt
 
-from agents.edges.mqtt_connection import Connection, UnsupportedProtocol
+from agents.edges.mqtt_connection import Connection
+from agents.edges.mqtt_errors import Unanswered, UnsupportedProtocol
 from agents.edges.mqtt_paho import Arrivals
 from agents.edges.mqtt_wire import parse_url
 
 log = logging.getLogger(__name__)
+
+_FIRST_TRY_SECONDS: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Dialer:
     ) -> None:
         self.url = parse_url(url)
         self.mqtt5 = True
+        self._proven = False
         self._tls_context = (tls or TlsFiles()).context() if self.url.tls else None
         self._keepalive_seconds = keepalive_seconds
         self._timeout_seconds = timeout_seconds
@@ -82,7 +88,7 @@ class Dialer:
     ) -> Connection:
         """Return an open connection. Raises what :meth:`Connection.open` raises."""
 
-        async def attempt(*, mqtt5: bool) -> Connection:
+        async def attempt(*, mqtt5: bool, timeout_seconds: float) -> Connection:
             connection = Connection(
                 self.url,
                 client_id=client_id,
@@ -93,7 +99,7 @@ class Dialer:
                 session_expiry_seconds=session_expiry_seconds,
                 receive_maximum=receive_maximum,
                 keepalive_seconds=self._keepalive_seconds,
-                timeout_seconds=self._timeout_seconds,
+                timeout_seconds=timeout_seconds,
                 will=will,
                 tls_context=self._tls_context,
                 clock=self._clock,
@@ -101,12 +107,24 @@ class Dialer:
             await connection.open()
             return connection
 
-        if not self.mqtt5:
-            return await attempt(mqtt5=False)
-        try:
-            return await attempt(mqtt5=True)
-        except UnsupportedProtocol as exc:
-            if exc.certain:
+        patience = self._timeout_seconds
+        if self.mqtt5:
+            try:
+                opened = await attempt(
+                    mqtt5=True, timeout_seconds=patience if self._proven else min(patience, _FIRST_TRY_SECONDS)
+                )
+            except UnsupportedProtocol:
                 log.info("MQTT: broker %s does not speak MQTT 5, going on with 3.1.1", self.url)
                 self.mqtt5 = False
-            return await attempt(mqtt5=False)
+            except Unanswered as exc:
+                if self._proven:
+                    raise
+                opened = await attempt(mqtt5=False, timeout_seconds=patience)
+                if exc.silent:
+                    log.info("MQTT: broker %s answers MQTT 3.1.1 only, going on with it", self.url)
+                    self.mqtt5 = False
+                return opened
+            else:
+                self._proven = True
+                return opened
+        return await attempt(mqtt5=False, timeout_seconds=patience)

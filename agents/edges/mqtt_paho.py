@@ -25,7 +25,7 @@ from typing import Final
 import paho.mqtt.client as paho
 from paho.mqtt.enums import MQTTErrorCode
 
-from agents.edges.mqtt_wire import PUBREL, Arrival, Malformed, Packet, PacketReader, pubcomp_bytes
+from agents.edges.mqtt_wire import PINGRESP, PUBREL, Arrival, Malformed, Packet, PacketReader, pubcomp_bytes
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class PahoClient(paho.Client):
 
     reader: PacketReader
     on_arrivals: Arrivals
+    on_pong: Callable[[], None]
     clock: Callable[[], datetime]
 
     def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
@@ -78,7 +79,9 @@ class PahoClient(paho.Client):
         return paho.MQTT_ERR_SUCCESS
 
     def _control(self, packet: Packet) -> MQTTErrorCode:
-        if packet.command & 0xF0 == PUBREL:
+        if packet.command == PINGRESP:
+            self.on_pong()
+        elif packet.command & 0xF0 == PUBREL:
             # Responsibility passed to us with our PUBREC, whether or not this process sent it.
             return self.queue_acks(pubcomp_bytes(packet.body))
         self._in_packet = {
@@ -98,7 +101,7 @@ class PahoClient(paho.Client):
         return self._packet_queue(paho.PUBACK, data, 0, 1)
 
     def ping(self) -> None:
-        """Send a PINGREQ whose answer nobody waits for."""
+        """Send a PINGREQ outside of the keep-alive."""
         self._send_simple_command(paho.PINGREQ)
 
     def drop(self) -> None:

@@ -28,6 +28,9 @@ PUBLISH: Final = 0x30
 PUBREL: Final = 0x60
 PINGRESP: Final = 0xD0
 
+CONNECTORS: Final = "headrace/connectors"
+"""Below this topic the connectors' records stand (``mqtt_presence``); they are nobody's device messages."""
+
 OVERSIZE_HEAD_BYTES: Final = 1024
 _MAX_TOPIC_BYTES: Final = 65535
 _MICROSECOND: Final = timedelta(microseconds=1)
