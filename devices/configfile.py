@@ -191,25 +191,44 @@ def _allowed(error: ValidationError) -> str:
 
 def schema_errors(document: Document, schema: dict[str, Any]) -> list[ConfigError]:
     """Check ``document`` against the JSON schema; one error each, an unknown key at its own line."""
-    found: list[ConfigError] = []
     errors = sorted(Draft202012Validator(schema).iter_errors(document.data), key=lambda e: list(map(str, e.path)))
-    for error in errors:
-        path: Steps = tuple(error.absolute_path)
-        if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-            known = _properties(error)
-            for key in error.instance:
-                if key in known:
-                    continue
+    return [told for error in errors for told in _told(document, error)]
+
+
+def _told(document: Document, error: ValidationError) -> list[ConfigError]:
+    path: Steps = tuple(error.absolute_path)
+    if error.validator in ("oneOf", "anyOf") and error.context:
+        return [told for inner in _meant(error) for told in _told(document, inner)]
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = _properties(error)
+        found = []
+        for key in error.instance:
+            if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; do you mean {near[0]}?" if near else ""
                 found.append(document.error((*path, str(key)), f"unknown key{hint}", allowed=_allowed(error)))
-        elif error.validator == "required":
-            missing = [name for name in cast("Any", error.validator_value) if name not in error.instance]
-            # jsonschema reports each missing key by an error of its own; its message begins with the key's name.
-            name = next((key for key in missing if error.message.startswith(repr(key))), missing[0])
-            found.append(document.error(path, f"the key {name} is missing", allowed=_allowed(error)))
-        else:
-            text = error.message if error.validator not in ("type", "enum") else f"wrong {error.validator}"
-            instance = error.instance if error.validator in ("type", "enum", "pattern") else None
-            found.append(document.error(path, text, found=instance, allowed=_allowed(error)))
-    return found
+        return found
+    if error.validator == "required":
+        missing = [name for name in cast("Any", error.validator_value) if name not in cast("Any", error.instance)]
+        # jsonschema reports each missing key by an error of its own; its message begins with the key's name.
+        name = next((key for key in missing if error.message.startswith(repr(key))), missing[0])
+        return [document.error(path, f"the key {name} is missing", allowed=_allowed(error))]
+    if error.validator == "not" and isinstance(error.validator_value, dict):
+        keys = ", ".join(error.validator_value.get("required", ()))
+        return [document.error(path, f"the key {keys} does not belong here" if keys else error.message)]
+    text = error.message if error.validator not in ("type", "enum") else f"wrong {error.validator}"
+    instance = error.instance if error.validator in ("type", "enum", "pattern") else None
+    return [document.error(path, text, found=instance, allowed=_allowed(error))]
+
+
+def _meant(error: ValidationError) -> list[ValidationError]:
+    """Return the errors of the alternative that was meant: the one whose type fits, else that with the fewest
+    errors."""
+    branches: dict[Any, list[ValidationError]] = {}
+    for inner in error.context or ():
+        branches.setdefault(inner.schema_path[0], []).append(inner)
+
+    def unfit(inner: list[ValidationError]) -> tuple[bool, int]:
+        return any(e.validator == "type" and not e.path for e in inner), len(inner)
+
+    return min(branches.values(), key=unfit)

@@ -119,6 +119,28 @@ def test_every_error_at_once_with_its_line(tmp_path: Any) -> None:
     assert "found [1]; allowed: string" in text
 
 
+def test_errors_within_alternatives_say_what_was_meant(tmp_path: Any) -> None:
+    """A match is one or a list; what is wrong in one is said of that one, not that nothing fits."""
+    text = PROFILE.replace(
+        "  protocol: mqtt\n  topic: weather/{device_id}\n",
+        "  - {protocol: mqtt, path: a, topc: x}\n"
+        "  - {protocol: http, topic: a/b}\n"
+        "  - {protocol: coap, path: 'a{b}/c'}\n",
+    )
+    found = [str(error).split(": ", 1)[1] for error in Registry.read(folder(tmp_path, a=text))[1]]
+    assert any(error.startswith("/match/0/topc: unknown key; do you mean topic?") for error in found)
+    assert any(error.startswith("/match/0: the key topic is missing") for error in found)
+    assert "/match/0: the key path does not belong here" in found
+    assert any('/match/1/protocol: wrong enum; found "http"; allowed: mqtt, coap' in error for error in found)
+    right = text.replace("path: a, topc: x", "topic: a/+").replace(
+        "{protocol: http, topic: a/b}", "{protocol: mqtt, topic: b/a}"
+    )
+    (tmp_path / "profiles" / "a.yaml").write_text(right, encoding="utf-8")
+    (only,) = Registry.read(tmp_path)[1]
+    assert only.pointer == "/match/2/path"
+    assert only.found == '"a{b}"'
+
+
 def test_an_unknown_driver_is_told_what_there_is(tmp_path: Any) -> None:
     """The error for a driver that is not registered lists those that are."""
     with pytest.raises(ConfigErrors, match=r"allowed: .*fluxor"):
