@@ -41,9 +41,10 @@ class Screen:
     def say(self, text: str) -> None:
         """Print what stays."""
         with self._lock:
-            print(f"\r{text}\x1b[K\n{self._line}" if self._live and self._line else text, flush=True)
             if self._live and self._line:
-                print("\x1b[A", end="")
+                print(f"\r{text}\x1b[K\n{self._line}", end="", flush=True)
+            else:
+                print(text, flush=True)
 
     def progress(self, text: str) -> None:
         """Print what the next second replaces; nothing where nobody watches a line change."""
@@ -90,6 +91,7 @@ class Demo:
             self._report(f"starting in {self.folder}; logs are in {self.folder / 'logs'}")
             self.stack.start()
             if not self._start_worker():
+                print("demo: stopped before it had begun")
                 return 1
             self._play()
             return self._finish()
@@ -111,16 +113,12 @@ class Demo:
         self.worker = Worker(env, log=log, name="the worker", record=self._record_worker)
         self.worker.spawn()
         self._report(f"worker started with all stages (log: {log})")
-        told = ""
         deadline = time.monotonic() + 120
         while not self.worker.ready():
             if self.ended.wait(0.1):
                 return False
             if not self.worker.alive or time.monotonic() > deadline:
                 self.worker.wait_ready(1.0)  # raises with the reasons
-            waiting = ", ".join(sorted(self.worker.failing()))
-            if waiting and waiting != told:
-                told = waiting
         self._report(f"every stage is ready after {self.elapsed:.1f} s")
         return True
 
@@ -233,7 +231,8 @@ class Demo:
             process = ProcessId(*json.loads((self.folder / _WORKER_FILE).read_text()))
             if processes.is_running(process):
                 self._report(f"ending worker {process.pid}, left by a demo that was killed")
-                processes.end(process, polite=signal.SIGTERM, patience_seconds=20)
+                # Its servers are gone already, so that an orderly end would only wait for them.
+                processes.end(process, polite=signal.SIGTERM, patience_seconds=2)
 
     def _mails(self) -> list[dict[str, Any]]:
         try:

@@ -36,7 +36,7 @@ def simulate(settings: Settings, plan: Plan, ledger: Path, *, checking: bool) ->
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     try:
-        fleet.start()
+        fleet.start(10.0)
     except ConnectionError as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 1
