@@ -22,7 +22,10 @@ _QOS0_IN_HAND: Final = 10_000
 
 
 class SourceEvent(enum.Enum):
-    """What ``on_event`` is called with, beside a count."""
+    """What ``on_event`` is called with, beside a count.
+
+    RECEIVED = ACKNOWLEDGED + DONE_QOS0 + STALE + DROPPED_QOS0 + what is in hand.
+    """
 
     RECEIVED = "received"
     """Messages from the broker, redelivered ones included."""
@@ -34,10 +37,12 @@ class SourceEvent(enum.Enum):
     """Of these, what is above ``max_message_bytes``."""
     ACKNOWLEDGED = "acknowledged"
     """Messages of QoS 1 and 2 whose acknowledgement went out."""
+    DONE_QOS0 = "done_qos0"
+    """Messages of QoS 0 in batches that the caller acknowledged; the broker hears nothing of them."""
     STALE = "stale"
-    """Messages whose connection had gone when they were to be acknowledged; the broker delivers them again."""
+    """Messages of QoS 1 and 2 that were unacknowledged when their connection ended; the broker delivers them again."""
     DROPPED_QOS0 = "dropped_qos0"
-    """Messages of QoS 0 dropped because 10,000 of them were in hand."""
+    """Messages of QoS 0 beyond 10,000 in hand, given back, or not handed over when the connection ended."""
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"
     CONNECT_FAILED = "connect_failed"
@@ -116,14 +121,10 @@ class Session:
             self.in_hand_bytes += len(arrival.payload)
             self.waiting.append(arrival)
         self._count(SourceEvent.RECEIVED, len(arrivals))
-        for event, count in (
-            (SourceEvent.REDELIVERED, sum(arrival.dup for arrival in arrivals)),
-            (SourceEvent.RETAINED, sum(arrival.retain for arrival in arrivals)),
-            (SourceEvent.OVERSIZE, sum(arrival.oversize for arrival in arrivals)),
-            (SourceEvent.DROPPED_QOS0, dropped),
-        ):
-            if count:
-                self._count(event, count)
+        self._tell(SourceEvent.REDELIVERED, sum(arrival.dup for arrival in arrivals))
+        self._tell(SourceEvent.RETAINED, sum(arrival.retain for arrival in arrivals))
+        self._tell(SourceEvent.OVERSIZE, sum(arrival.oversize for arrival in arrivals))
+        self._tell(SourceEvent.DROPPED_QOS0, dropped)
         self._pace()
         self.arrived.set()
 
@@ -137,26 +138,24 @@ class Session:
         return Batch(self, messages)
 
     def complete(self, batch: Batch) -> None:
-        due = self.acks.complete(batch._unacked)
-        self._let_go(batch)
-        if not self.connection.is_open:
-            self._count(SourceEvent.STALE, len(batch.messages))
-            return
-        self.connection.acknowledge(due)
-        if due:
-            self._count(SourceEvent.ACKNOWLEDGED, len(due))
-        self._pace()
+        self._let_go(batch, SourceEvent.DONE_QOS0)
+        if self.connection.is_open:
+            due = self.acks.complete(batch._unacked)
+            self.connection.acknowledge(due)
+            self._tell(SourceEvent.ACKNOWLEDGED, len(due))
+            self._pace()
 
     def give_back(self, batch: Batch) -> None:
-        self._let_go(batch)
+        self._let_go(batch, SourceEvent.DROPPED_QOS0)
         if self.connection.is_open:
             log.warning("MQTT: a batch of %d messages was given back, reconnecting", len(batch.messages))
             self.connection.abort()
 
-    def _let_go(self, batch: Batch) -> None:
+    def _let_go(self, batch: Batch, qos0_event: SourceEvent) -> None:
         acked = len(batch._unacked.acks)
         self.in_hand -= acked
         self._qos0 -= batch._arrivals - acked
+        self._tell(qos0_event, batch._arrivals - acked)
         self.in_hand_bytes -= batch.size_bytes
 
     def _pace(self) -> None:
@@ -172,5 +171,23 @@ class Session:
     def drain(self) -> None:
         """Stop reading for good and forget what nobody has been given; the broker has it."""
         self.draining = True
-        self.waiting.clear()
+        self._forget_waiting()
         self._pace()
+
+    def end(self) -> None:
+        """Settle the accounts once the connection is gone."""
+        self._forget_waiting()
+        self._tell(SourceEvent.STALE, len(self.acks))
+
+    def _forget_waiting(self) -> None:
+        acked = sum(arrival.qos > 0 for arrival in self.waiting)
+        self.in_hand -= acked
+        self._qos0 -= len(self.waiting) - acked
+        self.in_hand_bytes -= sum(len(arrival.payload) for arrival in self.waiting)
+        self._tell(SourceEvent.STALE, acked)
+        self._tell(SourceEvent.DROPPED_QOS0, len(self.waiting) - acked)
+        self.waiting.clear()
+
+    def _tell(self, event: SourceEvent, number: int) -> None:
+        if number:
+            self._count(event, number)

@@ -295,6 +295,7 @@ class MqttSource:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await connection.close()
+            session.end()
 
     async def _open(self, session: Session) -> Connection:
         # Messages may arrive with the CONNACK, before this coroutine goes on: they wait until it does.

@@ -275,6 +275,9 @@ class Rig:
     async def __aexit__(self, *exc: object) -> None:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+        events = self.events
+        settled = (SourceEvent.ACKNOWLEDGED, SourceEvent.DONE_QOS0, SourceEvent.STALE, SourceEvent.DROPPED_QOS0)
+        assert events.get(SourceEvent.RECEIVED, 0) == sum(events.get(event, 0) for event in settled), events
 
 
 async def publish(

@@ -307,6 +307,18 @@ async def test_retained_messages_are_marked_and_come_once(broker: Mosquitto) -> 
         await until(lambda: rig.payloads == ["old", "new", "newer"])
 
 
+async def test_qos_0_is_delivered_and_counted(broker: Mosquitto) -> None:
+    """What carries no promise is handed over all the same; the broker hears nothing of it."""
+    async with Recorder(broker.port) as recorder, Rig(recorder.url) as rig:
+        for number in range(10):
+            await rig.source.publish("devices/a/telemetry", b"%d" % number, qos=number % 2)
+        await until(lambda: sorted(rig.payloads) == numbers(10))
+        assert rig.events[SourceEvent.DONE_QOS0] == 5
+        assert rig.events[SourceEvent.ACKNOWLEDGED] == 5
+        (passage,) = recorder.of(CLIENT)
+        await until(lambda: len(passage.mids("PUBACK", up=True)) == 5)
+
+
 async def test_records_of_connectors_are_no_device_messages(broker: Mosquitto) -> None:
     """A filter wide enough to bring them delivers none, and leaves none unacknowledged."""
     async with Rig(broker.url, topics=("+/+/+", "+/+/+/+"), keep=True) as rig:
