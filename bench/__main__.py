@@ -1,0 +1,47 @@
+"""``python -m bench [NAME …] [--quick]``: race and rows unless others are named."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+#: Measurements with ``run(options)`` and ``arguments(parser)``.
+OURS = {
+    "race": "the normalizer's work: Headrace beside plain Faust, aiokafka, Quix Streams, librdkafka",
+    "rows": "raw topic to rows in PostgreSQL, and from device to row at 500 messages/s",
+    "memory": "highest memory with a large backlog",
+}
+#: Programs of their own: ``python -m bench.NAME``.
+OTHERS = {
+    "stores": "rows and readings a second into PostgreSQL and Valkey",
+    "alarms": "what evaluating alarm rules costs",
+}
+DEFAULT = ("race", "rows")
+
+
+def main() -> None:
+    """Run what is named."""
+    listing = "\n".join(f"  {name:<8} {text}" for name, text in OURS.items())
+    more = "\n".join(f"  python -m bench.{name:<8} {text}" for name, text in OTHERS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=f"Measure; without names: {' '.join(DEFAULT)}.\n\n{listing}\n\nprograms of their own:\n{more}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="measurements to make")
+    parser.add_argument("--quick", action="store_true", help="a short run, for a first impression")
+    modules = {name: importlib.import_module(f"bench.{name}") for name in OURS}
+    for module in modules.values():
+        module.arguments(parser)
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in OURS]:
+        parser.error(f"there is no measurement {', '.join(unknown)}; there is: {', '.join(OURS)}")
+    for name in options.names or DEFAULT:
+        modules[name].run(options)
+    if not options.names:
+        print("Others:\n" + more)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
