@@ -145,6 +145,8 @@ def count(event: SourceEvent, number: int) -> None:
     elif event is SourceEvent.ACKNOWLEDGED:
         accounts.settle(number, None, None)
         metrics.CONNECTOR_ACKS.labels("mqtt").inc(number)
+    elif event is SourceEvent.DONE_QOS0:
+        accounts.settle(number, None, None)
     elif event is SourceEvent.STALE:
         accounts.give_back(number)
     elif event is SourceEvent.DROPPED_QOS0:
@@ -196,7 +198,7 @@ class Connector(Service):
     async def on_stop(self) -> None:
         """Disconnect; what is not acknowledged stays with the broker."""
         if self.source is not None:
-            self.source.stop()
+            await self.source.stop()
 
 
 mqtt.service(Connector)
