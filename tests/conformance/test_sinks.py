@@ -169,14 +169,17 @@ async def test_a_server_killed_again_and_again_loses_nothing(sink: Sink, stack_s
 async def test_a_frozen_server_is_an_error_within_a_bound(sink: Sink, stack_session: Stack) -> None:
     """A server that holds its connections and does not answer is a retryable error; once it wakes, work goes on."""
     readings = samples()
-    await sink.write(readings[:10])
+    impatient = type(sink)(sink.url, timeout_seconds=1)
+    await impatient.open()
+    await write_until_stored(impatient, readings[:10])
     part = stack_session.part(sink.part)
     part.pause()
     with pytest.raises(Exception) as caught:
-        await sink.write(readings[10:])
+        await impatient.write(readings[10:])
     assert classify(caught.value) is FailureClass.RETRY
     part.resume()
-    await write_until_stored(sink, readings[10:])
+    await write_until_stored(impatient, readings[10:])
+    await impatient.close()
     assert await sink.stored() == sink.expected(readings)
 
 

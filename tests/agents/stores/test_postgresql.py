@@ -68,9 +68,8 @@ async def test_what_is_nobodys_fault_is_an_exception(store: ReadingStore, connec
 
 async def test_a_lock_ends_at_the_statement_timeout(store: ReadingStore, connection: asyncpg.Connection) -> None:
     """A table that somebody holds is a retryable error within the bound, and the connection is good afterwards."""
-    impatient = ReadingStore(store._url, pool_size=1, statement_timeout_seconds=0.2)
+    impatient = ReadingStore(store._url, pool_size=1, statement_timeout_seconds=2)
     await impatient.start()
-    await impatient.ping()
     async with connection.transaction():
         await connection.execute("LOCK TABLE readings")
         with pytest.raises(asyncpg.QueryCanceledError) as caught:
