@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import ssl
 import threading
@@ -236,9 +237,10 @@ class Connection(aiomqtt.Client):
             topics = [(item, SubscribeOptions(qos=qos, retainHandling=1)) for item in filters]
         else:
             topics = [(item, qos) for item in filters]
-        subscribing = asyncio.ensure_future(self.subscribe(topics))
+        # No timeout: SUBACK can stand behind a backlog that nobody reads while Kafka is away. aiomqtt would not notice
+        # that the connection is lost meanwhile.
+        subscribing = asyncio.ensure_future(self.subscribe(topics, timeout=math.inf))
         try:
-            # aiomqtt alone would wait for its timeout when the connection is lost before SUBACK
             await asyncio.wait((subscribing, self._disconnected), return_when=asyncio.FIRST_COMPLETED)
             if not subscribing.done():
                 raise ConnectError("the connection was lost before the broker confirmed the subscription")
