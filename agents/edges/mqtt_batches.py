@@ -103,6 +103,7 @@ class Session:
         self._qos0 = 0
         self.draining = False
         self.paused = False
+        self._confirmed = False
         self._inflight = inflight
         self._buffer_bytes = buffer_bytes
         self._count = count
@@ -159,14 +160,22 @@ class Session:
         self.in_hand_bytes -= batch.size_bytes
 
     def _pace(self) -> None:
-        # An MQTT 5 broker never sends more than the receive maximum, so that the count stops 3.1.1 only.
-        full = self.in_hand > self._inflight or self.in_hand_bytes > self._buffer_bytes or self.draining
+        # An MQTT 5 broker sends no more than the receive maximum, so that the count stops 3.1.1 only; but mosquitto
+        # sends what was in flight when the last connection ended on top of it, before the SUBACK. Reading on until then
+        # costs one more window at most; stopping would leave the SUBACK unread, and the connection with it.
+        full = self.in_hand > self._inflight or self.in_hand_bytes > self._buffer_bytes
+        full = self.draining or (full and (self._confirmed or not self.connection.mqtt5))
         if full != self.paused:
             self.paused = full
             if full:
                 self.connection.pause()
             else:
                 self.connection.resume()
+
+    def confirm(self) -> None:
+        """Note that the broker has answered the subscription: from now on reading may stop."""
+        self._confirmed = True
+        self._pace()
 
     def drain(self) -> None:
         """Stop reading for good and forget what nobody has been given; the broker has it."""

@@ -274,14 +274,16 @@ class MqttSource:
         self._set(SourceState.CONNECTING, f"connecting to {self._dialer.url}")
         session = Session(inflight=self._inflight, buffer_bytes=self._buffer_bytes, count=self._count)
         connection = await self._open(session)
-        tasks: list[asyncio.Task[object]] = []
+        # What the session kept comes before the SUBACK, so that handing over must not wait for it.
+        handing = asyncio.create_task(self._hand_over(session, deliver))
+        tasks: list[asyncio.Task[object]] = [handing]
         try:
             await self._subscribe(connection)
+            session.confirm()
             self._set(SourceState.ACTIVE, f"receiving from {self._dialer.url}")
-            handing = asyncio.create_task(self._hand_over(session, deliver))
             lost = asyncio.create_task(connection.wait_lost())
             yielded = asyncio.create_task(self._presence.wait_yield())
-            tasks = [handing, lost, yielded]
+            tasks += [lost, yielded]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if handing.done():
                 handing.result()
