@@ -163,6 +163,27 @@ async def test_a_backlog_is_delivered_before_the_subscription_is_confirmed(broke
         assert kinds.index("PUBLISH") < kinds.index("SUBACK")
 
 
+async def test_a_backlog_that_fills_the_window_before_the_subscription_is_confirmed(broker: Mosquitto) -> None:
+    """Over MQTT 3.1.1 SUBACK stands behind a backlog that is not read while Kafka is away: the connection holds on."""
+    refusal = b"\x20\x02\x00\x01"
+    async with Recorder(broker.port, refusal) as recorder, Rig(recorder.url):
+        pass
+    await publish(broker.url, [f"{number} {'x' * 2000}" for number in range(5000)])
+    async with Recorder(broker.port, refusal) as recorder:
+        rig = Rig(recorder.url, keep=True, inflight=100, keepalive_seconds=2, timeout_seconds=1.0).start()
+        await until(lambda: rig.source.status().paused)
+        await until(lambda: len([p for p in recorder.of(CLIENT)[-1].packets if p.kind == "12" and p.up]) >= 3)
+        assert rig.state is SourceState.CONNECTING
+        rig.keep = False
+        for batch in rig.batches:
+            batch.acknowledge()
+        await until(lambda: rig.events.get(SourceEvent.ACKNOWLEDGED) == 5000)
+        await rig.active()
+        assert [int(payload.split()[0]) for payload in rig.payloads] == list(range(5000))
+        assert rig.events[SourceEvent.CONNECTED] == 1
+        await rig.__aexit__()
+
+
 async def test_a_killed_process_loses_nothing(broker: Mosquitto, tmp_path: Path) -> None:
     """What a connector had received when it was killed with SIGKILL is delivered to the next one, marked DUP."""
     got = tmp_path / "got"
