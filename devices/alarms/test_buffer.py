@@ -70,3 +70,54 @@ def test_dying_before_the_flush_makes_the_alert_again() -> None:
     engine, buffer = start()
     assert engine.process(reading(0, 95), OVEN, BASE) == []
     assert engine.open_alarms == 1
+
+
+class Died(Exception):
+    """The process ends here."""
+
+
+crashes = st.lists(st.sampled_from(["", "", "sent", "half sent", "flushed"]), min_size=1, max_size=30)
+values = st.lists(st.integers(80, 100), min_size=1, max_size=40)
+
+
+@given(values, crashes, st.integers(1, 5), st.sampled_from([{}, {"duration_seconds": 3}, {"clear_threshold": 85}]))
+def test_dying_anywhere_tells_everything_and_nothing_else(
+    given_values: list[int], deaths: list[str], size: int, fields: dict[str, Any]
+) -> None:
+    """Killed after some alerts, all of them or the flush, and taken up at the last commit: the same transitions, in
+    order, each at least once and at most once more for each death."""
+    rules = [rule(no_data_seconds=2, **fields)]
+
+    def run(plan: list[str]) -> list[str]:
+        store: dict[str, bytes] = {}
+        sent: list[str] = []
+        committed = 0
+        while committed < len(given_values):
+            buffer = StateBuffer(store)
+            engine = AlarmEngine(buffer, rules)
+            engine.rebuild(BASE + 2 * committed)
+            try:
+                while committed < len(given_values):
+                    death = plan.pop(0) if plan else ""
+                    batch = range(committed, min(committed + size, len(given_values)))
+                    alerts = [
+                        alert.metadata["transition_id"]
+                        for n in batch
+                        for alert in engine.process(reading(2 * n, given_values[n]), OVEN, BASE + 2 * n)
+                    ]
+                    sent += alerts[: len(alerts) // 2] if death == "half sent" else alerts
+                    if death in ("sent", "half sent"):
+                        raise Died
+                    buffer.flush(buffer.cut())
+                    if death == "flushed":
+                        raise Died
+                    committed = batch.stop
+            except Died:
+                continue
+        return sent
+
+    undisturbed = run([])
+    disturbed = run(list(deaths))
+    assert list(dict.fromkeys(disturbed)) == undisturbed
+    kills = len([death for death in deaths if death])
+    assert all(disturbed.count(one) <= 1 + kills for one in undisturbed)

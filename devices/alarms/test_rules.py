@@ -24,6 +24,14 @@ def test_the_shipped_rules() -> None:
         assert msgspec.json.decode(msgspec.json.encode(rule), type=AlarmRule) == rule
 
 
+def test_the_manual_shows_a_rule_that_is_shipped() -> None:
+    """The sample in docs/alarms.md is the first rule of the file, to the letter."""
+    manual = (CONFIG.parent / "docs" / "alarms.md").read_text(encoding="utf-8")
+    sample = manual.partition("```yaml\nalarms:\n")[2].partition("```")[0]
+    assert sample
+    assert sample in (CONFIG / "alarms.yaml").read_text(encoding="utf-8")
+
+
 def test_the_schema() -> None:
     """The schema is one, and knows exactly the fields of a rule."""
     jsonschema.Draft202012Validator.check_schema(rules.schema())
