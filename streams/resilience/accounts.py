@@ -1,8 +1,8 @@
 """The accounts of a stage: *received = forwarded + dead-lettered + dropped + returned + in flight*.
 
-Guarantee: the identity holds at any moment between two steps of the event loop, in whole messages. *Forwarded* are those
-whose handler succeeded and whose outputs are acknowledged; *returned* are those that were in flight when their
-partition was revoked: somebody receives them again. What is dropped has a reason, and a reason says whether it was meant.
+Guarantee: the identity holds at any moment between two steps of the event loop, in whole messages. *Forwarded* are
+those whose handler succeeded and whose outputs are acknowledged; *returned* are those that were in flight when their
+partition was revoked: somebody receives them again. What is dropped has a reason, and it says whether it was meant.
 """
 
 from __future__ import annotations

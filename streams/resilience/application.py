@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import faust
-from aiokafka.errors import MessageSizeTooLargeError
+from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
 from faust.types import TP
 
 from streams.resilience.accounts import Accounts
+from streams.resilience.agents import Agent
+from streams.resilience.backoff import Backoff
 from streams.resilience.chunks import Decode
-from streams.resilience.deadletter import Failure, header
-from streams.resilience.failures import Fatal, FailureClass, classify
+from streams.resilience.deadletter import Failure, cut
+from streams.resilience.failures import FailureClass, Fatal, Retryable, classify
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import Outgoing, Producer
-from streams.resilience.streams import Agent, Event, Stream, Topic, truncate_letter
+from streams.resilience.recovery import TableManager
+from streams.resilience.streams import Stream
+from streams.resilience.topics import Event, Topic
 from streams.resilience.transport import Consumer, Transport
 
 #: Large enough never to be reached: what is in flight is bounded in bytes by the transport.
@@ -47,7 +52,12 @@ class App(faust.App):
     """One stage: one consumer group, one transport, one set of accounts."""
 
     def __init__(
-        self, id: str, *, resilience: ResilienceOptions, listener: Listener | None = None, **options: Any
+        self,
+        id: str,  # noqa: A002 - Faust's name
+        *,
+        resilience: ResilienceOptions,
+        listener: Listener | None = None,
+        **options: Any,
     ) -> None:
         self.resilience = resilience
         self.listener = listener or Listener()
@@ -55,6 +65,8 @@ class App(faust.App):
         self.chunk_topics: dict[str, Decode] = {}
         self.resilient_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.background: set[asyncio.Future[Any]] = set()
+        #: dead letters on their way
+        self.letters: set[asyncio.Future[None]] = set()
         #: what agents under ``test_context`` sent, in order
         self.captured: list[Outgoing] = []
         self.testing = False
@@ -65,6 +77,7 @@ class App(faust.App):
             Event=Event,
             Topic=Topic,
             Agent=Agent,
+            TableManager=TableManager,
             stream_buffer_maxsize=BUFFER_EVENTS,
             stream_wait_empty=False,
             **options,
@@ -77,44 +90,87 @@ class App(faust.App):
         return Transport(self.conf.broker_producer, self)
 
     def chunk_topic(self, name: str, decode: Decode, **options: Any) -> Any:
-        """Return a topic whose agents get :class:`~streams.resilience.chunks.Chunk` events, values through ``decode``."""
+        """Return a topic whose agents get :class:`~streams.resilience.chunks.Chunk` events, decoded by ``decode``."""
         self.chunk_topics[name] = decode
         return self.topic(name, value_type=None, key_type=None, value_serializer="raw", **options)
 
     # -- what streams ask ---------------------------------------------------------------------------------------------
 
     async def send_outgoing(self, producer: Producer, outgoing: list[Outgoing]) -> list[asyncio.Future[Any]]:
-        """Hand ``outgoing`` to Kafka, however long that takes; raises only for a record that is no dead letter and too
-        large for Kafka."""
+        """Hand ``outgoing`` to Kafka, however long that takes.
+
+        Raises ``MessageSizeTooLargeError``, with nothing sent, where one record is larger than a request may be.
+        """
         if self.testing:
             await self.capture(outgoing)
             return []
         backoff = self.resilience.infrastructure_backoff()
         while True:
             try:
-                return await producer.send_many(outgoing)
-            except MessageSizeTooLargeError:
-                letters = {self.resilience.dead_letter_topic}
-                shortened = [
-                    truncate_letter(record)
-                    if record[0] in letters and header(record[3] or [], "dlq-truncated") is None
-                    else record
-                    for record in outgoing
-                ]
-                if shortened == outgoing:
-                    raise
-                outgoing = shortened
+                sent: list[asyncio.Future[Any]] = await producer.send_many(outgoing)
             except Exception as exc:
                 if classify(exc) is not FailureClass.RETRY or self.should_stop:
                     raise
-                delay = backoff.next()
-                self.accounts.retries += 1
-                self.listener.retry(self, exc, FailureClass.RETRY, delay)
-                await self.sleep(delay)
+                await self._again(exc, backoff)
+            else:
+                return sent
+
+    def send_letters(self, letters: list[Outgoing], wanted: Callable[[], bool]) -> asyncio.Future[None]:
+        """Have dead letters written; the future resolves once Kafka has acknowledged all of them.
+
+        What Kafka says to them is never a reason to skip one: it is tried again, with backoff, for as long as
+        ``wanted()``; one that is too large for its topic is cut.
+        """
+        task = asyncio.ensure_future(self._write_letters(letters, wanted))
+        self.letters.add(task)
+        task.add_done_callback(self.letters.discard)
+        return task
+
+    async def _write_letters(self, letters: list[Outgoing], wanted: Callable[[], bool]) -> None:
+        if self.testing:
+            await self.capture(letters)
+            return
+        backoff = self.resilience.infrastructure_backoff()
+        while True:
+            if self.should_stop or not wanted():
+                raise Retryable("dead letters not written: their partition was given back")
+            try:
+                producer: Any = self.producer
+                results = await asyncio.gather(*await producer.send_many(letters), return_exceptions=True)
+                for result in results:
+                    if isinstance(result, BaseException):
+                        raise result
+            except (MessageSizeTooLargeError, RecordListTooLargeError) as exc:
+                if len(letters) > 1:
+                    for letter in letters:
+                        await self._write_letters([letter], wanted)
+                    return
+                shorter = cut(letters[0])
+                if shorter == letters[0]:
+                    self.fatal(
+                        Fatal(
+                            f"topic {shorter[0]} takes no record of {len(shorter[2] or b'')} bytes with the headers "
+                            f"of a dead letter ({exc}): raise its max.message.bytes"
+                        )
+                    )
+                    await self._again(exc, backoff)
+                letters = [shorter]
+            except Exception as exc:
+                if classify(exc) is FailureClass.FATAL:
+                    self.fatal(exc)
+                await self._again(exc, backoff)
+            else:
+                return
+
+    async def _again(self, exc: BaseException, backoff: Backoff) -> None:
+        delay = backoff.next()
+        self.accounts.retries += 1
+        self.listener.retry(self, exc, FailureClass.RETRY, delay)
+        await self.sleep(delay)
 
     async def send_and_wait(self, outgoing: list[Outgoing]) -> None:
         """Send ``outgoing`` and return once Kafka has acknowledged all of it."""
-        producer = await self.maybe_start_producer()
+        producer: Any = await self.maybe_start_producer()
         futures = await self.send_outgoing(producer, outgoing)
         if futures:
             await asyncio.gather(*futures)
@@ -151,12 +207,24 @@ class App(faust.App):
         self.background.add(task)
         task.add_done_callback(self.background.discard)
 
-    def forget_redeliveries(self) -> None:
-        """Drop what streams of this app hold back: its partitions were revoked."""
+    def forget(self, tps: set[TP]) -> None:
+        """Drop what streams of this app know of partitions that were revoked."""
         for stream in list(self.resilient_streams):
-            stream.forget_redeliveries()
+            stream.forget(tps)
 
-    # -- the life of the app --------------------------------------------------------------------------------------------
+    # -- the life of the app ----------------------------------------------------------------------------------------
+
+    def on_rebalance_end(self) -> None:
+        """Let the reader begin: positions are set, tables restored, queues empty."""
+        super().on_rebalance_end()
+        if self.typed_consumer is not None:
+            self.typed_consumer.wake_reader()
+
+    async def on_stop(self) -> None:
+        """Drain and commit; dead letters that are still on their way come again."""
+        await super().on_stop()
+        for task in list(self.letters):
+            task.cancel()
 
     async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:  # noqa: ARG002
         await consumer.drain()
@@ -179,5 +247,6 @@ class App(faust.App):
     @property
     def typed_consumer(self) -> Consumer | None:
         """The consumer, where there is one yet; asking does not create it."""
-        consumer: Consumer | None = self._consumer
+        found: Any = self._consumer
+        consumer: Consumer | None = found
         return consumer

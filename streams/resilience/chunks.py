@@ -1,10 +1,10 @@
 """A chunk: the records of one partition that one fetch brought, as one event of a stream.
 
 Guarantee: each message of a chunk ends as done, dropped, or one dead letter, whatever its neighbours do; what a handler
-sent counts only once it has returned; the chunk is complete when all of that is acknowledged by Kafka. Order is kept per
-partition: a message that is to be tried again holds back those behind it.
+sent counts only once it has returned; the chunk is complete when all of that is acknowledged by Kafka. Order is kept
+per partition: a message that is to be tried again holds back those behind it.
 
-:meth:`Chunk.each` is for pure functions ``(message, out)``, :meth:`Chunk.all` for sinks that take many messages at once.
+:meth:`Chunk.each` is for pure functions ``(message, out)``, :meth:`Chunk.all` for sinks that take many at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from streams.resilience.producer import Outgoing
 
 #: Decodes the bytes of a record's value; raises for bytes that are no such message.
 Decode = Callable[[bytes], Any]
+#: Takes many messages at once; may return the bad ones as (position, exception).
+BulkHandler = Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]] | None]]
 
 
 class Out:
@@ -42,7 +44,7 @@ class Out:
         self._sent.append(
             (
                 topic if topic.__class__ is str else topic.name,
-                key.encode() if key.__class__ is str else key,  # type: ignore[union-attr]
+                key.encode() if isinstance(key, str) else key,
                 value if value.__class__ is bytes else encode(value),
                 headers,
             )
@@ -56,16 +58,17 @@ class Out:
 class Chunk:
     """Messages of one partition, in order. ``len(chunk)`` counts those still to be handled."""
 
-    __slots__ = ("_decode", "_decoded", "delivery", "owner", "pending", "records")
+    __slots__ = ("_decode", "delivery", "event", "owner", "pending", "records")
 
     def __init__(self, records: Sequence[Any], decode: Decode, owner: Any = None, delivery: Any = None) -> None:
         self.records = records
         self.pending: list[int] = list(range(len(records)))
         self._decode = decode
-        self._decoded: dict[int, Any] = {}
         #: the stream that this chunk came through: it settles failures and takes what is sent
         self.owner = owner
         self.delivery = delivery
+        #: the event that carries this chunk, where Kafka delivered it
+        self.event: Any = None
 
     def __len__(self) -> int:
         return len(self.pending)
@@ -74,6 +77,14 @@ class Chunk:
         first = self.records[0] if self.records else None
         where = f"{first.topic}[{first.partition}]@{first.offset}" if first is not None else "nowhere"
         return f"<Chunk of {len(self.records)} from {where}, {len(self.pending)} to do>"
+
+    def part(self, number: int) -> Chunk:
+        """Return a chunk of the one message ``number``, still to be handled."""
+        return Chunk([self.records[number]], self._decode, self.owner, self.delivery)
+
+    def copy(self) -> Chunk:
+        """Return a chunk of the same records for another stream, none of them handled yet."""
+        return Chunk(self.records, self._decode, None, self.delivery)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the decoded messages still to be handled; raises Poison for one that does not decode."""
@@ -94,13 +105,15 @@ class Chunk:
         """Call ``handler(message, out)`` for every message, in order; a coroutine function is awaited.
 
         Raises nothing for a message that fails: it becomes a dead letter, or is held back with those behind it and
-        comes again in a later chunk.
+        comes again in a later chunk. Raises ``MessageSizeTooLargeError`` for an output that Kafka can never take; the
+        messages then come again one by one, and the guilty one becomes a dead letter.
         """
         out = Out()
         asynchronous = inspect.iscoroutinefunction(handler)
         records, decode = self.records, self._decode
         sent = out._sent
         outgoing: list[Outgoing] = []
+        letters: list[Outgoing] = []
         pending = self.pending
         rest: list[int] = []
         failure: BaseException | None = None
@@ -120,79 +133,68 @@ class Chunk:
                 if letter is None:
                     rest, failure = pending[position:], exc
                     break
-                outgoing.append(letter)
+                letters.append(letter)
                 continue
             if sent:
                 outgoing += sent
                 sent.clear()
             if out._drop is not None:
-                if delivery is not None:
-                    delivery.note_dropped(out._drop)
-                owner.dropped(record, out._drop)
+                owner.dropped(record, out._drop, delivery)
                 out._drop = None
-        self.pending = rest
-        await owner.forward(self, outgoing, failure)
+        await owner.forward(self, outgoing, letters, rest, failure)
 
-    async def all(self, handler: Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]] | None]]) -> None:
+    async def all(self, handler: BulkHandler) -> None:
         """Call ``await handler(messages)`` once with all messages; it may return the bad ones as (position, exception).
 
         When it raises something that is not infrastructure's fault, it is called again with one message at a time, so
         that only the guilty message becomes a dead letter.
         """
-        outgoing: list[Outgoing] = []
+        letters: list[Outgoing] = []
         good: list[int] = []
         messages: list[Any] = []
-        for number in self.pending:
-            record = self.records[number]
+        rest: list[int] = []
+        failure: BaseException | None = None
+        for position, number in enumerate(self.pending):
             try:
                 messages.append(self.message(number))
                 good.append(number)
             except Exception as exc:
-                letter = self._judge(record, exc)
-                if letter is not None:
-                    outgoing.append(letter)
-        rest: list[int] = []
-        failure: BaseException | None = None
-        try:
-            bad = await handler(messages) if messages else None
-            rest, failure = self._bury(good, bad, outgoing)
-        except Exception as exc:
-            if len(good) > 1 and classify(exc) not in (FailureClass.RETRY, FailureClass.FATAL):
-                rest, failure = await self._one_by_one(handler, good, messages, outgoing)
-            else:
-                rest, failure = self._bury(good, [(0, exc)] if len(good) == 1 else None, outgoing)
-                if len(good) > 1:
-                    rest, failure = good, exc
-        self.pending = rest
-        await self.owner.forward(self, outgoing, failure)
+                letter = self._judge(self.records[number], exc)
+                if letter is None:
+                    rest, failure = self.pending[position:], exc
+                    break
+                letters.append(letter)
+        if messages:
+            left, reason = await self._handle_all(handler, good, messages, letters)
+            rest = left + rest
+            failure = reason or failure
+        await self.owner.forward(self, [], letters, rest, failure)
 
-    def _bury(
-        self, numbers: list[int], bad: Iterable[tuple[int, BaseException]] | None, outgoing: list[Outgoing]
+    async def _handle_all(
+        self, handler: BulkHandler, numbers: list[int], messages: list[Any], letters: list[Outgoing]
     ) -> tuple[list[int], BaseException | None]:
-        for position, exc in bad or ():
-            letter = self._judge(self.records[numbers[position]], exc)
+        try:
+            bad: list[tuple[int, BaseException]] = list(await handler(messages) or ())
+        except Exception as exc:
+            if classify(exc) in (FailureClass.RETRY, FailureClass.FATAL):
+                return numbers, exc
+            if len(numbers) > 1:
+                return await self._one_by_one(handler, numbers, messages, letters)
+            bad = [(0, exc)]
+        for position, reason in sorted(bad, key=lambda entry: entry[0]):
+            letter = self._judge(self.records[numbers[position]], reason)
             if letter is None:
-                return numbers[position:], exc
-            outgoing.append(letter)
+                return numbers[position:], reason
+            letters.append(letter)
         return [], None
 
     async def _one_by_one(
-        self,
-        handler: Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]] | None]],
-        numbers: list[int],
-        messages: list[Any],
-        outgoing: list[Outgoing],
+        self, handler: BulkHandler, numbers: list[int], messages: list[Any], letters: list[Outgoing]
     ) -> tuple[list[int], BaseException | None]:
         for position, number in enumerate(numbers):
-            try:
-                bad = list(await handler([messages[position]]) or ())
-            except Exception as exc:
-                bad = [(0, exc)]
-            for _, exc in bad:
-                letter = self._judge(self.records[number], exc)
-                if letter is None:
-                    return numbers[position:], exc
-                outgoing.append(letter)
+            left, reason = await self._handle_all(handler, [number], [messages[position]], letters)
+            if left:
+                return numbers[position:], reason
         return [], None
 
     def _judge(self, record: Any, exc: BaseException) -> Outgoing | None:

@@ -1,9 +1,9 @@
 """Commit control: which offset of a partition may be committed.
 
-Guarantee: :attr:`PartitionLedger.mark` never passes a record whose handling is not complete. A record is complete when its
-handler succeeded **and** everything that it sent has been acknowledged by Kafka, or when its dead letter has been. Why
-not Faust's own book-keeping: it takes an event in flight at the head of a partition for a gap in the log and commits
-past it (``Consumer._new_offset`` in 0.15.3).
+Guarantee: :attr:`PartitionLedger.mark` never passes a record whose handling is not complete. A record is complete when
+its handler succeeded **and** everything that it sent has been acknowledged by Kafka, or when its dead letter has been.
+Why not Faust's own book-keeping: it takes an event in flight at the head of a partition for a gap in the log and
+commits past it (``Consumer._new_offset`` in 0.15.3).
 
 Usable without Faust and without Kafka: offsets in, one offset out. Not thread-safe; one event loop owns a ledger.
 """
@@ -38,7 +38,7 @@ class Span:
 class PartitionLedger:
     """What was delivered of one partition in one generation of the group, in order, and how far it is complete.
 
-    ``mark`` is the offset that may be committed: one past the last record of the unbroken run of complete spans, or None
+    ``mark`` is the offset that may be committed: one past the last record of the unbroken run of complete spans, None
     while nothing is. Offsets that the log lacks (compaction, transaction markers) need no care, since only what was
     delivered counts. ``committed`` is the last offset that a commit succeeded with.
     """

@@ -1,21 +1,23 @@
 """The thread that aiokafka's consumer lives in, so that a busy agent never costs the group membership.
 
-Guarantees: an unreachable broker is waited for; fetches and commits go straight to the thread's loop, each with a bound
-(Faust's method queue has two workers, and two calls that hang stop all others); an idle fetch never makes aiokafka leave
-the group for good (its ``max_poll_interval_ms`` counts a paused or unassigned consumer as dead, and it then never comes
-back); the consumer can be swapped for a new one while thread and app live on.
+Guarantees: an unreachable broker is waited for; fetches and commits go straight to the thread's loop, each with a
+bound (Faust's method queue has two workers, and two calls that hang stop all others); an idle fetch never makes
+aiokafka leave the group for good (its ``max_poll_interval_ms`` counts a paused or unassigned consumer as dead, and it
+then never comes back); the consumer can be swapped for a new one while thread and app live on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+from collections import deque
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 import aiokafka
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from faust.transport import consumer as faust_consumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
@@ -34,8 +36,15 @@ CLOSE_SECONDS = 5.0
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """Owns the aiokafka consumer of one app."""
 
+    app: Any
+
     swapping = False
     last_failure: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: what fetches brought and nobody has collected yet, with the generation of the group that it belongs to
+        self._fetched: deque[tuple[int, TP, list[Any]]] = deque()
 
     @property
     def options(self) -> ResilienceOptions:
@@ -122,19 +131,76 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return await asyncio.wait_for(asyncio.wrap_future(future), bound_seconds + 5.0)
 
     async def fetch(self, partitions: set[TP], timeout_seconds: float) -> Records:
-        """Return all that the last fetches brought of ``partitions``; waits up to ``timeout_seconds`` for the first."""
+        """Return all that fetches brought of the current generation; waits up to ``timeout_seconds`` for the first.
+
+        Positions that a rebalance has still to set bring nothing: what was read too early is given up.
+        """
         consumer = self._consumer
         if consumer is None or self.swapping:
             return {}
-        return await self.call(self._fetch(consumer, partitions, timeout_seconds), timeout_seconds + 15.0)
+        found = self._collect()
+        if not found:
+            await self.call(self._fetch(consumer, partitions, timeout_seconds), timeout_seconds + 15.0)
+            found = self._collect()
+        return found
 
-    async def _fetch(self, consumer: aiokafka.AIOKafkaConsumer, partitions: set[TP], timeout: float) -> Records:
+    async def _fetch(self, consumer: Any, partitions: set[TP], timeout: float) -> None:
         if not self.consumer.flow_active or consumer is not self._consumer:
-            return {}
+            return
         fetcher = consumer._fetcher
         with fetcher._subscriptions.fetch_context():
             records: Records = await fetcher.fetched_records(partitions, timeout=timeout)
-        return records
+        # aiokafka's position is past these records now. They are handed over here and not as a result, because nobody
+        # hears a result that comes after the call has timed out.
+        for tp, found in records.items():
+            self._fetched.append((self.app.consumer_generation_id, TP(tp.topic, tp.partition), found))
+
+    def _collect(self) -> Records:
+        collected: dict[TP, list[Any]] = {}
+        waiting = []
+        while self._fetched:
+            generation, tp, records = self._fetched.popleft()
+            if generation != self.app.consumer_generation_id:
+                continue
+            if self.app.rebalancing and not self._is_changelog(tp):
+                waiting.append((generation, tp, records))
+            else:
+                collected.setdefault(tp, []).extend(records)
+        self._fetched.extendleft(reversed(waiting))
+        return collected
+
+    def _is_changelog(self, tp: TP) -> bool:
+        return tp.topic in self.app.tables.changelog_topics
+
+    async def seek_to_committed(self) -> Mapping[TP, Any]:
+        """Set the positions of all partitions but changelogs to what is committed, or to the beginning of the log.
+
+        aiokafka's own leaves a partition without a commit where it is, past what was read and never handled. Not
+        through Faust's method queue: a call that hangs there stops others.
+        """
+        return await self.call(self._seek_to_committed(self._ensure_consumer()), self.options.commit_timeout_seconds)
+
+    async def _seek_to_committed(self, consumer: Any) -> Mapping[TP, Any]:
+        partitions = [tp for tp in consumer.assignment() if not self._is_changelog(tp)]
+        if not partitions:
+            return {}
+        found = await consumer._coordinator.fetch_committed_offsets(partitions)
+        committed = {tp: found[tp].offset if tp in found and found[tp].offset >= 0 else None for tp in partitions}
+        missing = [tp for tp, offset in committed.items() if offset is None]
+        first = await consumer.beginning_offsets(missing) if missing and self._from_beginning else {}
+        # One step, no await in it: what a fetch still brings of the old positions is given up together with them.
+        for tp, offset in committed.items():
+            position = first.get(tp) if offset is None else offset
+            if position is not None:
+                consumer.seek(tp, position)
+        for entry in list(self._fetched):
+            if not self._is_changelog(entry[1]):
+                self._fetched.remove(entry)
+        return {TP(tp.topic, tp.partition): offset for tp, offset in committed.items()}
+
+    @property
+    def _from_beginning(self) -> bool:
+        return bool(self.app.conf.consumer_auto_offset_reset == "earliest")
 
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> bool:
         """Commit within the bound of the options; False when it did not succeed, for any reason but a revocation."""
@@ -159,6 +225,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         except KafkaError as exc:
             self.last_failure = f"{type(exc).__name__}: {exc}"
             self.log.warning("Commit failed in group %s: %r; it is tried again", self.app.conf.id, exc)
+        except Exception as exc:
+            # A consumer that is being closed; nothing of it may end the worker.
+            self.last_failure = f"{type(exc).__name__}: {exc}"
+            self.log.warning("Commit failed in group %s: %r; it is tried again", self.app.conf.id, exc)
         else:
             return True
         return False
@@ -179,6 +249,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         new = await self._connect()
         if new is None:
             return
+        self._fetched.clear()
         self._consumer = new
         if topics:
             new.subscribe(topics=topics, listener=self._rebalance_listener)
@@ -186,6 +257,6 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     async def on_thread_stop(self) -> None:
         """Leave the group within a bound; a broker that is away must not hold up the end of the worker."""
         consumer, self._consumer = self._consumer, None
-        await driver.ConsumerThread.on_thread_stop(self)
+        await faust_consumer.ConsumerThread.on_thread_stop(self)
         if consumer is not None:
             await _quietly(asyncio.wait_for(consumer.stop(), CLOSE_SECONDS))

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 Headers = list[tuple[str, bytes]]
+#: Topic, key, value and headers.
+Letter = tuple[str, bytes | None, bytes | None, Headers | None]
 
 #: Bytes of a value kept when the whole of it cannot be written.
 TRUNCATED_BYTES = 1024
@@ -91,6 +93,18 @@ def truncated(value: bytes | None, headers: Headers) -> tuple[bytes | None, Head
         ("dlq-size", str(len(whole)).encode()),
         ("dlq-sha256", hashlib.sha256(whole).hexdigest().encode()),
     ]
+
+
+def cut(letter: Letter) -> Letter:
+    """Return a dead letter that is too large for its topic, cut; one that is cut already, cut more.
+
+    The value goes first; then the headers that the record had itself, and all of the key but its first bytes.
+    """
+    topic, key, value, headers = letter
+    if header(headers or [], "dlq-truncated") is None:
+        return (topic, key, *truncated(value, headers or []))
+    ours = [(name, content) for name, content in headers or [] if name.startswith("dlq-")]
+    return (topic, key[:TRUNCATED_BYTES] if key is not None else None, value, ours)
 
 
 def header(headers: Sequence[tuple[str, Any]], name: str) -> str | None:

@@ -8,9 +8,9 @@
     │   └── Rejected     understood and refused (no profile, nothing valid left): class ``rejected``
     └── Fatal            the program or its configuration is wrong: the worker ends, non-zero
 
-Whatever is none of these is looked up by type, then by SQLSTATE or SMTP code, walking ``__cause__``. What nobody has
-classified is ``UNCLASSIFIED``: a capped number of attempts, then a dead letter of class ``exhausted``. Types of optional
-libraries are compared by their qualified name, so that this module imports none of them.
+Whatever is none of these is looked up by SQLSTATE or SMTP code, then by type, walking ``__cause__``. What nobody has
+classified is ``UNCLASSIFIED``: a capped number of attempts, then a dead letter of class ``exhausted``. Types of
+optional libraries are compared by their qualified name, so that this module imports none of them.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], FailureClass], ...]] = (
     (Retryable, FailureClass.RETRY),
     (kafka.MessageSizeTooLargeError, FailureClass.POISON),
     (kafka.RecordTooLargeError, FailureClass.POISON),
+    (kafka.RecordListTooLargeError, FailureClass.POISON),
     (kafka.UnsupportedVersionError, FailureClass.FATAL),
     (kafka.KafkaError, FailureClass.RETRY),
     (msgspec.ValidationError, FailureClass.POISON),

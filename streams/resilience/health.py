@@ -1,12 +1,12 @@
 """Is a stage well? A pure judgement over what can be seen of it, and the service that acts on it.
 
 Every ``HEALTH_INTERVAL_SECONDS`` each stage is looked at. *Stuck* means: there is something to read or to commit, and
-nothing has moved for ``STUCK_SECONDS``. An idle topic, a partition that is held for a dead sink, a partition without room
-and a slow handler that still advances are not stuck. Service states of Faust are not asked: they stay ``running`` in
-every hang that was seen.
+nothing has moved for ``STUCK_SECONDS``. An idle topic, a partition that is held for a dead sink, a partition without
+room and a slow handler that still advances are not stuck. Service states of Faust are not asked: they stay ``running``
+in every hang that was seen.
 
-What is done about it, in this order: the client is created anew; if that does not help for ``RECREATE_BUDGET_SECONDS``, the
-worker ends, non-zero, for its supervisor. An absent broker or sink is waited for and never counts.
+What is done about it, in this order: the client is created anew; if that does not help for ``RECREATE_BUDGET_SECONDS``,
+the worker ends, non-zero, for its supervisor. An absent broker or sink is waited for and never counts.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class HealthMonitor(Service):
         self._working: set[str] = set()
         self._backoffs: dict[str, Backoff] = {}
         self._next_try: dict[str, float] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._helpers: set[asyncio.Task[None]] = set()
         super().__init__(**kwargs)
 
     @Service.task
@@ -116,7 +116,7 @@ class HealthMonitor(Service):
                 try:
                     self.check(app)
                 except Exception as exc:
-                    self.log.exception("The health check of stage %s failed: %r", app.resilience.stage, exc)
+                    self.log.exception("The health check of stage %s failed: %s", app.resilience.stage, type(exc).__name__)
 
     def check(self, app: Any) -> Verdict:
         """Look at one stage, remember the verdict, and begin what helps."""
@@ -146,15 +146,15 @@ class HealthMonitor(Service):
             app.fatal(
                 Fatal(
                     f"stage {stage}: {verdict.reason}; "
-                    f"{'no client can help that' if verdict.remedy is Remedy.END else 'creating clients anew has not helped'}"
+                    f"{'no client can help' if verdict.remedy is Remedy.END else 'creating clients anew has not helped'}"
                     " (STUCK_SECONDS, RECREATE_BUDGET_SECONDS)"
                 )
             )
         elif stage not in self._working and now >= self._next_try.get(stage, 0.0):
             self._working.add(stage)
             task = asyncio.ensure_future(self._help(app, verdict))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._helpers.add(task)
+            task.add_done_callback(self._helpers.discard)
         return verdict
 
     async def _help(self, app: Any, verdict: Verdict) -> None:
@@ -168,7 +168,7 @@ class HealthMonitor(Service):
             else:
                 await app.consumer.recreate(verdict.reason)
         except Exception as exc:
-            self.log.exception("Stage %s: %s was not possible: %r", stage, verdict.remedy.value, exc)
+            self.log.exception("Stage %s: %s failed: %s", stage, verdict.remedy.value, type(exc).__name__)
         finally:
             self._next_try[stage] = self.clock() + backoff.next()
             self._working.discard(stage)

@@ -49,6 +49,9 @@ class Buffer(faust_producer.ProducerBuffer):
 class Producer(driver.Producer):
     """aiokafka's producer under Faust, created anew when it fails."""
 
+    app: Any
+    transport: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         buffer = Buffer(loop=self.loop, beacon=self.beacon)
@@ -92,7 +95,8 @@ class Producer(driver.Producer):
                 delay = backoff.next()
                 self.last_failure = f"{type(exc).__name__}: {exc}"
                 self.log.warning(
-                    "Kafka cannot be reached for producing (%s: %s); trying again in %.1f s. KAFKA_BOOTSTRAP_SERVERS=%s",
+                    "Kafka cannot be reached for producing (%s: %s); trying again in %.1f s. "
+                    "KAFKA_BOOTSTRAP_SERVERS=%s",
                     type(exc).__name__,
                     exc,
                     delay,
@@ -115,7 +119,7 @@ class Producer(driver.Producer):
                 return
             self.log.warning("Recreating the producer of stage %s: %s", self.options.stage, why)
             if old is not None:
-                await _quietly(asyncio.wait_for(old.stop(), 5.0))
+                await _abandon(old)
             new = await self._connect()
             if new is not None:
                 self._producer = new
@@ -136,9 +140,7 @@ class Producer(driver.Producer):
                 raise Retryable("the producer is being created anew")
         return producer
 
-    async def send(  # noqa: D417
-        self, topic: str, key: bytes | None, value: bytes | None, *args: Any, **kwargs: Any
-    ) -> Any:
+    async def send(self, topic: str, key: bytes | None, value: bytes | None, *args: Any, **kwargs: Any) -> Any:
         """Send one record as Faust does, through a producer that works."""
         await self._ready()
         return await super().send(topic, key, value, *args, **kwargs)
@@ -241,7 +243,7 @@ class Producer(driver.Producer):
         self.transport._topic_waiters.clear()
         producer, self._producer = self._producer, None
         if producer is not None:
-            await _quietly(asyncio.wait_for(producer.stop(), self.options.drain_seconds))
+            await _abandon(producer, self.options.drain_seconds)
 
 
 def _usable(producer: aiokafka.AIOKafkaProducer) -> bool:
@@ -254,6 +256,19 @@ def _usable(producer: aiokafka.AIOKafkaProducer) -> bool:
     ):
         return False
     return producer._message_accumulator._exception is None
+
+
+async def _abandon(producer: aiokafka.AIOKafkaProducer, seconds: float = 5.0) -> None:
+    """Close ``producer`` whatever state it is in; all that it has not delivered fails, so that its owners hear of it.
+
+    aiokafka's own ``stop`` waits for a broker that is away; cut short, it leaves the sender running.
+    """
+    await _quietly(asyncio.wait_for(producer.stop(), seconds))
+    sender = producer._sender
+    if sender is not None and sender.sender_task is not None and not sender.sender_task.done():
+        sender.sender_task.cancel()
+    producer._message_accumulator.fail_all(ProducerClosed())
+    await _quietly(asyncio.wait_for(producer.client.close(), seconds))
 
 
 async def _quietly(awaitable: Any) -> None:

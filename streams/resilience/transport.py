@@ -11,12 +11,15 @@ Hooked in by ``app.transport``; nothing of Faust or aiokafka is patched.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from aiokafka.errors import ConsumerStoppedError
+from faust.exceptions import ConsumerNotStarted
 from faust.transport import consumer as faust_consumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
@@ -32,6 +35,8 @@ from streams.resilience.producer import Producer
 #: How long a fetch waits for the first record. Short where a partition has no room just now: it may have it soon.
 FETCH_WAIT_SECONDS = 1.0
 FETCH_WAIT_CROWDED_SECONDS = 0.05
+#: How long a revocation, or the end, waits for the answer to its commit; the drain before it has a bound of its own.
+LAST_COMMIT_SECONDS = 5.0
 
 
 class Delivery(ConsumerMessage):
@@ -47,29 +52,41 @@ class Delivery(ConsumerMessage):
     handled = False
     debts = 0
     failures: dict[Any, BaseException] | None = None
-    dead: dict[str, int] | None = None
-    dropped: dict[str, int] | None = None
+    #: what became of the records, by offset, that were not forwarded; each has one fate, whoever handled it how often
+    dead: dict[int, str] | None = None
+    dropped: dict[int, str] | None = None
 
-    def note_dead(self, kind: str) -> None:
-        """Count one message of this delivery as a dead letter of class ``kind``."""
+    def note_dead(self, offset: int, kind: str) -> None:
+        """Note that the record at ``offset`` becomes a dead letter of class ``kind``."""
         self.dead = self.dead or {}
-        self.dead[kind] = self.dead.get(kind, 0) + 1
+        self.dead[offset] = kind
 
-    def note_dropped(self, reason: str) -> None:
-        """Count one message of this delivery as dropped."""
+    def note_dropped(self, offset: int, reason: str) -> None:
+        """Note that nothing comes of the record at ``offset``."""
         self.dropped = self.dropped or {}
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.dropped[offset] = reason
+
+    def forget_fates(self, offsets: Iterable[int]) -> None:
+        """Forget what became of records that are handled once more."""
+        for offset in offsets:
+            for fates in (self.dead, self.dropped):
+                if fates is not None:
+                    fates.pop(offset, None)
 
 
 class Consumer(driver.Consumer):
     """Faust's consumer with commit control of our own."""
+
+    app: Any
+    transport: Any
 
     _thread: ConsumerThread
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ledgers: Ledgers[TP] = Ledgers(self.options.in_flight_bytes)
-        self.held: set[TP] = set()
+        #: partitions that are not read just now, and the streams that hold them back
+        self.held: dict[TP, set[Any]] = {}
         self.busy: set[Delivery] = set()
         self.last_commit_at: float | None = None
         self.last_fetch_at = time.monotonic()
@@ -96,29 +113,33 @@ class Consumer(driver.Consumer):
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
+    def wake_reader(self) -> None:
         """Let the reader look again: there may be room, a partition more, or an end."""
         if self._room is not None:
             self._room.set()
 
-    def hold(self, tp: TP) -> None:
-        """Stop fetching ``tp`` while its head is tried again; heartbeats and the other partitions go on."""
-        self.held.add(tp)
+    def hold(self, tp: TP, stream: Any) -> None:
+        """Stop fetching ``tp`` while ``stream`` tries its head again; heartbeats and the other partitions go on."""
+        self.held.setdefault(tp, set()).add(stream)
 
-    def release(self, tp: TP) -> None:
-        """Fetch ``tp`` again."""
-        self.held.discard(tp)
-        self._wake()
+    def release(self, tp: TP, stream: Any) -> None:
+        """Fetch ``tp`` again, unless another stream holds it back too."""
+        streams = self.held.get(tp)
+        if streams is not None:
+            streams.discard(stream)
+            if not streams:
+                del self.held[tp]
+        self.wake_reader()
 
     def resume_partitions(self, tps: Iterable[TP]) -> None:
         """Resume fetching from partitions, at once."""
         super().resume_partitions(tps)
-        self._wake()
+        self.wake_reader()
 
     def resume_flow(self) -> None:
         """Allow delivery, at once."""
         super().resume_flow()
-        self._wake()
+        self.wake_reader()
 
     def on_buffer_full(self, tp: TP) -> None:
         """Ignore Faust's flow control: the bound in bytes stands for it, and it wakes up at once."""
@@ -130,10 +151,8 @@ class Consumer(driver.Consumer):
         if self._room is None:
             self._room = asyncio.Event()
         self._room.clear()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._room.wait(), seconds)
-        except TimeoutError:
-            pass
 
     async def _drain_messages(self, fetcher: Any) -> None:
         """Fetch and deliver until the consumer or ``fetcher`` (which recovery stops and starts) ends."""
@@ -142,16 +161,16 @@ class Consumer(driver.Consumer):
             if not self.flow_active:
                 await self._wait_for_room(FETCH_WAIT_SECONDS)
                 continue
-            active = self._get_active_partitions() - self.held
+            active = self._readable()
             readable = self.ledgers.with_room(active)
             if not readable:
                 await self._wait_for_room(FETCH_WAIT_SECONDS)
                 continue
-            generation = self.app.consumer_generation_id
             self.not_waiting_next_records.clear()
             try:
                 wait = FETCH_WAIT_SECONDS if len(readable) == len(active) else FETCH_WAIT_CROWDED_SECONDS
                 records = await self._thread.fetch(readable, wait)
+                generation = self.app.consumer_generation_id
                 self.last_fetch_at = time.monotonic()
                 self.fetch_failures = 0
                 backoff.healthy()
@@ -174,6 +193,18 @@ class Consumer(driver.Consumer):
             else:
                 await asyncio.sleep(0)
 
+    def _readable(self) -> set[TP]:
+        """Return the partitions that may be read now.
+
+        While the group rebalances and tables are restored, changelogs only: Faust lets the flow go on before it has
+        set the positions of all others and emptied the queues, and what is read too early would never be handled.
+        """
+        active = self._get_active_partitions() - self.held.keys()
+        if self.app.rebalancing:
+            acks_enabled_for = self.app.topics.acks_enabled_for
+            return {tp for tp in active if not acks_enabled_for(tp.topic)}
+        return active
+
     async def _fetch_failed(self, exc: BaseException, delay: float) -> None:
         self.fetch_failures += 1
         self.last_failure = f"{type(exc).__name__}: {exc}"
@@ -194,14 +225,9 @@ class Consumer(driver.Consumer):
         size = self.options.chunk_records
         for kafka_tp, records in fetched.items():
             tp = TP(kafka_tp.topic, kafka_tp.partition)
-            if not self.flow_active:
-                # What was fetched and not delivered must come again.
-                await self._rewind()
-                return
-            if generation != self.app.consumer_generation_id:
-                return
             if not acks_enabled_for(tp.topic):
-                await self._deliver_changelog(tp, records)
+                if generation == self.app.consumer_generation_id:
+                    await self._deliver_changelog(tp, records)
             elif tp.topic in chunked:
                 for start in range(0, len(records), size):
                     await self._deliver(tp, records[start : start + size], generation)
@@ -211,12 +237,18 @@ class Consumer(driver.Consumer):
                     if number % 100 == 99:
                         await asyncio.sleep(0)
 
-    async def _rewind(self) -> None:
-        try:
-            await asyncio.wait_for(self.perform_seek(), self.options.commit_timeout_seconds)
-        except Exception as exc:
-            # A rebalance is under way, or the end: either sets the positions itself.
-            self.log.info("Positions of group %s not reset: %r", self.app.conf.id, exc)
+    def _deliverable(self, generation: int | None) -> bool:
+        """Tell whether records of ``generation`` still count; asked right before each hand-over.
+
+        A hand-over can wait, and the partition be revoked meanwhile. What is left of the fetch then comes again from
+        the committed offset; delivered all the same it would be taken for the beginning of the next generation.
+        """
+        return (
+            self.flow_active
+            and generation == self.app.consumer_generation_id
+            and not self.app.rebalancing
+            and self.app.flow_control.is_active()
+        )
 
     async def _deliver_changelog(self, tp: TP, records: list[Any]) -> None:
         for record in records:
@@ -227,12 +259,6 @@ class Consumer(driver.Consumer):
                 self._read_offset[tp] = record.offset
 
     async def _deliver(self, tp: TP, records: list[Any], generation: int) -> None:
-        ledger = self.ledgers.get(tp)
-        if ledger is not None and ledger.read_to is not None and records[0].offset < ledger.read_to:
-            # the position was set back: what is in flight already is not delivered twice
-            records = [record for record in records if record.offset >= ledger.read_to]
-            if not records:
-                return
         last = records[-1]
         size = sum(map(_size_of, records))
         message = Delivery(
@@ -251,7 +277,7 @@ class Consumer(driver.Consumer):
             generation_id=generation,
         )
         message.records = records
-        await self._hand_over(tp, message, records[0].offset, last.offset, len(records), size)
+        await self._hand_over(tp, message, records[0].offset, len(records), size)
 
     async def _deliver_one(self, tp: TP, record: Any, generation: int) -> None:
         message = Delivery(
@@ -269,19 +295,33 @@ class Consumer(driver.Consumer):
             tp,
             generation_id=generation,
         )
-        await self._hand_over(tp, message, record.offset, record.offset, 1, _size_of(record))
+        await self._hand_over(tp, message, record.offset, 1, _size_of(record))
 
-    async def _hand_over(self, tp: TP, message: Delivery, first: int, last: int, count: int, size: int) -> None:
+    async def _hand_over(self, tp: TP, message: Delivery, first: int, count: int, size: int) -> None:
+        if not self._deliverable(message.generation_id):
+            return
         ledger = self.ledgers.get(tp)
+        if ledger is not None and ledger.read_to is not None and first < ledger.read_to:
+            self.log.error(
+                "%s[%d] in group %s goes on at offset %d although %d was read: its log was reset, or somebody set the "
+                "position back; what follows is handled as new",
+                tp.topic,
+                tp.partition,
+                self.app.conf.id,
+                first,
+                ledger.read_to - 1,
+            )
+            self.forget({tp})
+            ledger = None
         if ledger is None:
             ledger = self.ledgers.open(tp, self._committed_offset.get(tp))
-        span = ledger.deliver(first, last, count, size)
+        span = ledger.deliver(first, message.offset, count, size)
         if span is None:
             return
         self.accounts.deliver(count)
         message.span = span
         message.ledger = ledger
-        self._read_offset[tp] = last
+        self._read_offset[tp] = message.offset
         await self.callback(message)
 
     # -- completing -------------------------------------------------------------------------------------------------
@@ -298,7 +338,7 @@ class Consumer(driver.Consumer):
         return True
 
     def owe(self, message: Delivery, future: asyncio.Future[Any], owner: Any) -> None:
-        """Make ``message`` wait for ``future``; ``owner.delivery_failed(message, exc)`` is called when it fails."""
+        """Make ``message`` wait for ``future``; ``owner.delivery_failed(exc)`` is called when it fails."""
         message.debts += 1
         future.add_done_callback(partial(self._paid, message, owner))
 
@@ -321,16 +361,17 @@ class Consumer(driver.Consumer):
             failures, message.failures = message.failures, None
             message.handled = False
             message.acked = False
-            message.dead = message.dropped = None
             self.busy.discard(message)
             for owner, exc in failures.items():
-                owner.delivery_failed(message, exc)
+                owner.delivery_failed(exc)
             return
         self.busy.discard(message)
         if ledger.live:
             ledger.complete(span)
-            self.accounts.settle(span.count, message.dead, message.dropped)
-        self._wake()
+            dead = message.dead or {}
+            dropped = [reason for offset, reason in (message.dropped or {}).items() if offset not in dead]
+            self.accounts.settle(span.count, Counter(dead.values()), Counter(dropped))
+        self.wake_reader()
 
     # -- committing -------------------------------------------------------------------------------------------------
 
@@ -346,7 +387,7 @@ class Consumer(driver.Consumer):
                 return False
             try:
                 held = self.assignment()
-            except driver.ConsumerNotStarted:
+            except ConsumerNotStarted:
                 return False
             offsets = {tp: offset for tp, offset in offsets.items() if tp in held}
             if not offsets or not await self._thread.commit_offsets(offsets):
@@ -371,7 +412,18 @@ class Consumer(driver.Consumer):
                 self.options.stage,
                 self.options.drain_seconds,
             )
-        await self.commit()
+        await self._last_commit()
+
+    async def _last_commit(self) -> None:
+        """Commit what is complete before the partitions go; a broker that does not answer holds nobody up for long."""
+        try:
+            await asyncio.wait_for(self.commit(), LAST_COMMIT_SECONDS)
+        except TimeoutError:
+            self.log.warning(
+                "Last commit of group %s not answered within %.0f s: what is not committed comes again",
+                self.app.conf.id,
+                LAST_COMMIT_SECONDS,
+            )
 
     async def wait_empty(self) -> None:
         """Drain; Faust's name for it."""
@@ -379,7 +431,7 @@ class Consumer(driver.Consumer):
 
     async def on_stop(self) -> None:
         """Commit what is complete; the app has drained before."""
-        await self.commit()
+        await self._last_commit()
         self.transport._topic_waiters.clear()
 
     async def on_task_error(self, exc: BaseException) -> None:
@@ -394,16 +446,24 @@ class Consumer(driver.Consumer):
         self._paused_partitions.difference_update(revoked)
         self.forget(revoked)
 
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """Take up the assignment; nothing that was known of an earlier one counts any more.
+
+        A consumer that was swapped, or fell out of its group unnoticed, was not told of a revocation.
+        """
+        self.forget(set(self.ledgers))
+        await super().on_partitions_assigned(assigned, generation_id)
+
     def forget(self, tps: Iterable[TP]) -> None:
         """Drop all that is known of partitions which this consumer no longer holds."""
         gone = set(tps)
         self.accounts.give_back(self.ledgers.close(gone))
-        self.held -= gone
         self.busy = {message for message in self.busy if message.tp not in gone}
         for tp in gone:
             self._read_offset.pop(tp, None)
             self._committed_offset.pop(tp, None)
-        self.app.forget_redeliveries()
+        self.app.forget(gone)
+        self.wake_reader()
 
     async def recreate(self, why: str) -> None:
         """Close the aiokafka consumer and build a new one inside the living app; it joins the group as a new member.
@@ -413,10 +473,8 @@ class Consumer(driver.Consumer):
         topics = ",".join(sorted({topic for channel in self.app.topics for topic in channel.topics})) or "-"
         self.log.warning("Consumer health check failed for topic '%s', triggering reconnection (%s)", topics, why)
         app, assigned = self.app, set(self.ledgers)
-        try:
+        with contextlib.suppress(ConsumerNotStarted):
             assigned |= self.assignment()
-        except driver.ConsumerNotStarted:
-            pass
         # Before the flag of a rebalance is set: a fetcher that is cancelled within one asks for a supervisor it lacks.
         self.stop_flow()
         await app._stop_fetcher()
