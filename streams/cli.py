@@ -31,12 +31,13 @@ def install() -> None:
 
 def lazy_commands() -> list[click.Command]:
     """Return the commands that need no app; none of them starts it."""
+    from streams.commands.alarms import alarms
     from streams.commands.decode import decode
     from streams.commands.dlq import dlq
     from streams.commands.look import accounts, tap, trace
     from streams.commands.simulate import simulate
 
-    return [simulate, dlq, tap, trace, accounts, decode]
+    return [simulate, dlq, tap, trace, accounts, decode, alarms]
 
 
 def _set_app(context: click.Context, _parameter: Any, value: str | None) -> str | None:
