@@ -13,8 +13,14 @@ from tools.stack import Stack
 @pytest.fixture(scope="module")
 def breakable() -> Iterator[Stack]:
     """A stack of the module's own: its servers are killed, paused and started again."""
-    with Stack.temporary() as stack:
+    stack = Stack.temporary()
+    try:
+        stack.start()
         yield stack
+    finally:
+        for name in ("kafka", "postgresql", "valkey", "mqtt"):
+            stack.part(name).resume()
+        stack.stop(discard=True)
 
 
 @pytest.fixture

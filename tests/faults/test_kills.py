@@ -1,47 +1,20 @@
-"""Workers and servers are killed under load: what was acknowledged is stored, a dead letter, or a drop that was meant."""
+"""Workers and servers are killed under load: what was acknowledged is stored, a dead letter, or a meant drop."""
 
 from __future__ import annotations
 
 import random
+import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.faults.oracle import Oracle
-from tests.faults.worker import Realm, realm
-from tools.simulator import Fleet, Plan
+from tests.faults.support import LIVENESS_SECONDS, STAGES, groups, oracle, settled, wait_for
+from tests.faults.worker import realm
+from tools.simulator import Plan
 from tools.stack import Stack
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
-
-STAGES = "mqtt,normalizer,ingestor,caching"
-LIVENESS_SECONDS = 120.0
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = LIVENESS_SECONDS) -> Any:
-    """Return the first true answer of ``condition``; fails, saying ``what``, after a generous bound."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.2)
-    pytest.fail(f"{what}: not within {seconds:.0f} s")
-
-
-def groups(own: Realm) -> list[str]:
-    """Return the consumer groups of a realm."""
-    return [f"{own.name}-{stage}" for stage in ("normalizer", "ingestor", "caching")]
-
-
-def settled(own: Realm, fleet: Fleet) -> None:
-    """Wait for the end of the fleet and check its ledger: nothing lost, no row twice."""
-    assert fleet.join(LIVENESS_SECONDS), "the fleet did not get its last acknowledgements"
-    report = own.settle(fleet)
-    assert report.ok, f"{report.text()}\n{own.logs()}"
 
 
 def test_a_worker_killed_again_and_again(breakable: Stack, tmp_path: Path, short: bool, seed: int) -> None:
@@ -50,7 +23,7 @@ def test_a_worker_killed_again_and_again(breakable: Stack, tmp_path: Path, short
     messages, kills = 20_000, 5 if short else 12
     with (
         realm(breakable, tmp_path, STAGES=STAGES) as own,
-        Oracle(breakable.env["KAFKA_BOOTSTRAP_SERVERS"], groups(own)) as oracle,
+        oracle(own) as watch,
     ):
         worker = own.worker().start()
         fleet = own.fleet(Plan(messages=messages, rate=800, poison=0.01, duplicates=0.02))
@@ -61,10 +34,10 @@ def test_a_worker_killed_again_and_again(breakable: Stack, tmp_path: Path, short
             worker.start()
         settled(own, fleet)
         assert worker.starts == kills + 1
-        assert oracle.samples
-        assert oracle.violations == []
+        assert watch.samples
+        assert watch.violations == []
         for group in groups(own):
-            assert any(name == group for name, _ in oracle.last), f"{group} never committed"
+            assert any(name == group for name, _ in watch.last), f"{group} never committed"
 
 
 def test_the_broker_killed_and_started_again(breakable: Stack, tmp_path: Path, short: bool, seed: int) -> None:
@@ -193,9 +166,10 @@ def test_two_workers_one_killed_or_started_every_two_seconds(
             elif rng.random() < 0.5:
                 chosen.kill()
             else:
-                chosen.terminate()
+                # in order: what it has drained is committed
+                chosen.signal(signal.SIGTERM)
+                assert chosen.wait_exit(LIVENESS_SECONDS) == 0, chosen.tail()
         for worker in workers:
-            worker.stop() if worker.alive and not worker.wait_gone(20) else None
             worker.start()
         settled(own, fleet)
         assert connector.alive

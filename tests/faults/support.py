@@ -1,0 +1,47 @@
+"""What the scenarios of the fault suite share: patience, and how each of them ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.faults.oracle import Oracle
+from tests.faults.worker import Realm
+from tools.simulator import Fleet, Report
+
+#: Bound of every wait: far above the 64 s of the highest backoff, for a machine that others use too.
+LIVENESS_SECONDS = 150.0
+STAGES = "mqtt,normalizer,ingestor,caching"
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = LIVENESS_SECONDS) -> Any:
+    """Return the first true answer of ``condition``; fails, saying ``what``, after a generous bound."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.2)
+    pytest.fail(f"{what}: not within {seconds:.0f} s")
+
+
+def groups(own: Realm) -> list[str]:
+    """Return the consumer groups of the stages between MQTT and the stores."""
+    return [f"{own.name}-{stage}" for stage in ("normalizer", "ingestor", "caching")]
+
+
+def oracle(own: Realm, *, every_seconds: float = 0.5) -> Oracle:
+    """Return the offset oracle over a realm's groups, not started yet."""
+    return Oracle(own.env["KAFKA_BOOTSTRAP_SERVERS"], groups(own), every_seconds=every_seconds)
+
+
+def settled(own: Realm, fleet: Fleet) -> Report:
+    """Wait for the end of the fleet and check its ledger: nothing lost, no row twice. Returns what was found."""
+    assert fleet.join(LIVENESS_SECONDS), f"the fleet did not get its last acknowledgements\n{own.logs()}"
+    report = own.settle(fleet)
+    print(report.text())
+    assert report.ok, f"{report.text()}\n{own.logs()}"
+    return report
