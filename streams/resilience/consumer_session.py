@@ -112,9 +112,15 @@ class Session(ConsumerRebalanceListener):
             await asyncio.gather(*tasks, waiter, return_exceptions=True)
             await self.close()
 
+    def refuse(self) -> None:
+        """Begin nothing more; may be called from any thread, where ``halt`` follows in the loop."""
+        self.halted = True
+        for part in list(self.parts.values()):
+            part.taking = False
+
     def halt(self) -> None:
         """Begin nothing more; what runs may end."""
-        self.halted = True
+        self.refuse()
         for part in self.parts.values():
             part.end()
 
