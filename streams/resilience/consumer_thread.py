@@ -147,7 +147,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     async def _fetch(self, consumer: Any, partitions: set[TP], timeout: float) -> None:
         if not self.consumer.flow_active or consumer is not self._consumer:
             return
-        fetcher = consumer._fetcher
+        fetcher: Any = self._ensure_consumer()._fetcher
         with fetcher._subscriptions.fetch_context():
             records: Records = await fetcher.fetched_records(partitions, timeout=timeout)
         # aiokafka's position is past these records now. They are handed over here and not as a result, because nobody

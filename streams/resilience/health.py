@@ -116,7 +116,9 @@ class HealthMonitor(Service):
                 try:
                     self.check(app)
                 except Exception as exc:
-                    self.log.exception("The health check of stage %s failed: %s", app.resilience.stage, type(exc).__name__)
+                    self.log.exception(
+                        "The health check of stage %s failed: %s", app.resilience.stage, type(exc).__name__
+                    )
 
     def check(self, app: Any) -> Verdict:
         """Look at one stage, remember the verdict, and begin what helps."""
@@ -146,7 +148,7 @@ class HealthMonitor(Service):
             app.fatal(
                 Fatal(
                     f"stage {stage}: {verdict.reason}; "
-                    f"{'no client can help' if verdict.remedy is Remedy.END else 'creating clients anew has not helped'}"
+                    f"{'no client helps' if verdict.remedy is Remedy.END else 'creating clients anew has not helped'}"
                     " (STUCK_SECONDS, RECREATE_BUDGET_SECONDS)"
                 )
             )
