@@ -19,7 +19,8 @@ from streams.messages import Reading
 from streams.resilience.failures import Retryable
 from streams.stage import Stage
 
-caching = Stage("caching")
+# one chunk of a partition at a time: what gathers meanwhile is one larger write
+caching = Stage("caching", chunks_in_flight=1)
 
 _store: LatestStore | None = None
 

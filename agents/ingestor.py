@@ -22,7 +22,8 @@ from streams.messages import Reading
 from streams.resilience.failures import Retryable
 from streams.stage import Stage
 
-ingestor = Stage("ingestor")
+# one chunk of a partition at a time: what gathers meanwhile is one larger write
+ingestor = Stage("ingestor", chunks_in_flight=1)
 
 
 class Ingest:

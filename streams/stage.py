@@ -13,6 +13,7 @@ cache too). A stage that moves from the common worker to a process of its own go
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -67,12 +68,12 @@ class StageApp(App):
 class Stage:
     """A named stage with its app, its topics and what has to answer before it is ready."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, chunks_in_flight: int = 4) -> None:
         self.name = name
         self.settings = configuration.load()
         self.app: StageApp = StageApp(
             f"{self.settings.app_id}-{name}",
-            resilience=resilience_options(self.settings, name),
+            resilience=dataclasses.replace(resilience_options(self.settings, name), chunks_in_flight=chunks_in_flight),
             listener=EVENTS,
             **faust_options(self.settings, name),
         )

@@ -176,6 +176,11 @@ class Ledgers(Generic[TP]):
         """Bytes of the records delivered and not complete."""
         return sum(ledger.in_flight_bytes for ledger in self._ledgers.values())
 
+    def spans_of(self, tp: TP) -> int:
+        """Return how many spans of ``tp`` are not complete."""
+        ledger = self._ledgers.get(tp)
+        return 0 if ledger is None else len(ledger.spans)
+
     def with_room(self, tps: Iterable[TP]) -> set[TP]:
         """Return those of ``tps`` that may be read: the whole is under its limit, and the partition under its share.
 

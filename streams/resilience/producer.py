@@ -24,6 +24,9 @@ Headers = list[tuple[str, bytes]]
 #: One record to send: topic, key, value, headers (or None).
 Outgoing = tuple[str, bytes | None, bytes | None, Headers | None]
 
+#: Up to so many records go one by one: a connector's burst, a dead letter, an alert.
+FEW_RECORDS = 64
+
 #: Keys whose partition is remembered, per topic; murmur2 in Python costs more than the rest of appending a record.
 PARTITION_CACHE_KEYS = 100_000
 
@@ -174,6 +177,9 @@ class Producer(driver.Producer):
         """
         producer = await self._ready()
         limit = producer._max_request_size
+        records = records if isinstance(records, list) else list(records)
+        if len(records) <= FEW_RECORDS and sum(len(record[2] or b"") for record in records) < limit // 2:
+            return await self._send_few(producer, records)
         topics: dict[str, tuple[dict[bytes | None, int], list[int]]] = {}
         open_batches: dict[tuple[str, int], Any] = {}
         full: list[tuple[tuple[str, int], Any]] = []
@@ -203,6 +209,29 @@ class Producer(driver.Producer):
                 )
         full += open_batches.items()
         return [await self._send_batch(producer, where, batch) for where, batch in full]
+
+    async def _send_few(
+        self, producer: aiokafka.AIOKafkaProducer, records: list[Outgoing]
+    ) -> list[asyncio.Future[Any]]:
+        """Send record by record: they join the batch that is being filled, where a batch of their own would wait for it."""
+        futures = []
+        for topic, key, value, headers in records:
+            cache, partitions = await self._partition_cache(producer, topic)
+            partition = cache.get(key) if key is not None else None
+            if partition is None:
+                partition = producer._partitioner(key, partitions, partitions)
+                if key is not None:
+                    cache[key] = partition
+            while True:
+                try:
+                    futures.append(await producer.send(topic, value, key=key, headers=headers, partition=partition))
+                except KafkaTimeoutError:
+                    # nothing of this record was taken; see _send_batch
+                    if not _usable(producer) or self.should_stop:
+                        raise
+                else:
+                    break
+        return futures
 
     async def _send_batch(
         self, producer: aiokafka.AIOKafkaProducer, where: tuple[str, int], batch: Any

@@ -162,7 +162,7 @@ class Consumer(driver.Consumer):
                 await self._wait_for_room(FETCH_WAIT_SECONDS)
                 continue
             active = self._readable()
-            readable = self.ledgers.with_room(active)
+            readable = self._uncrowded(self.ledgers.with_room(active))
             if not readable:
                 await self._wait_for_room(FETCH_WAIT_SECONDS)
                 continue
@@ -204,6 +204,11 @@ class Consumer(driver.Consumer):
             acks_enabled_for = self.app.topics.acks_enabled_for
             return {tp for tp in active if not acks_enabled_for(tp.topic)}
         return active
+
+    def _uncrowded(self, tps: set[TP]) -> set[TP]:
+        """Leave out partitions with enough chunks under way: small chunks cost as much as large ones."""
+        chunked, limit = self.app.chunk_topics, self.options.chunks_in_flight
+        return {tp for tp in tps if tp.topic not in chunked or self.ledgers.spans_of(tp) < limit}
 
     async def _fetch_failed(self, exc: BaseException, delay: float) -> None:
         self.fetch_failures += 1
