@@ -21,7 +21,7 @@ from streams.resilience import (
 
 
 def test_importing_is_light() -> None:
-    """Neither the package nor any of its names loads Faust or the settings; the package alone loads no client either."""
+    """Neither the package nor any of its names loads Faust or the settings; the package alone loads no client."""
     code = (
         "import sys, streams.resilience as r\n"
         "assert not {'aiokafka', 'faust', 'mode', 'settings'} & set(sys.modules), 'package'\n"
@@ -77,7 +77,7 @@ async def test_aiokafka_takes_the_configuration() -> None:
         get_optimized_consumer_config("g", no_such_thing=1)
 
 
-# The keys that each client takes were read from kafka-python 3.0.12 (DEFAULT_CONFIG) and librdkafka 2.12 (CONFIGURATION.md).
+# The keys that each client takes: kafka-python 3.0.12 (DEFAULT_CONFIG), librdkafka 2.12 (CONFIGURATION.md).
 def test_other_clients_spell_differently() -> None:
     """The tuned values come in the named client's spelling; an unknown client is an error."""
     rdkafka = get_optimized_consumer_config("g", client="confluent-kafka", session_timeout_ms=1)
