@@ -242,6 +242,18 @@ async def dead_letters(request: web.Request) -> web.Response:
     return answer({"dead_letters": [letter.as_dict(whole=bool(wanted.ids)) for letter in found]})
 
 
+async def release_guard(request: web.Request) -> web.Response:
+    """``POST /api/v1/guard/{stage}/release``: let a stage of this worker go on that the dead-letter guard has stopped."""
+    wanted = request.match_info["stage"]
+    found = [one for one in app.apps() if one.resilience.stage == wanted]
+    if not found:
+        raise Refusal(f"stage {wanted!r} does not run in this worker", status=404)
+    was = found[0].guard.tripped
+    found[0].guard.release()
+    return answer({"stage": wanted, "was": was})
+
+
+endpoint("/api/v1/guard/{stage}/release", POST=release_guard)
 endpoint("/api/v1/devices", GET=devices)
 endpoint("/api/v1/devices/{device_id}", GET=device)
 endpoint("/api/v1/devices/{device_id}/readings", GET=readings)

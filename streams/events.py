@@ -105,6 +105,23 @@ class StageEvents(Listener):
                 _more(held),
             )
 
+    def guard(self, app: App, reason: str | None) -> None:
+        """The dead-letter guard has stopped a stage, or lets it go on."""
+        stage = app.resilience.stage
+        if reason is None:
+            log.warning("Stage %s goes on: the dead-letter guard has let go", stage)
+            return
+        held = self._letters.admit((stage, "guard"))
+        if held is not None:
+            log.error(
+                "Stage %s has stopped taking: %s. Most likely a profile or a deployment is wrong; correct it and restart, or "
+                "let it go on with POST /api/v1/guard/%s/release. Nothing is lost meanwhile%s",
+                stage,
+                reason,
+                stage,
+                _more(held),
+            )
+
     def agent_failure(self, app: App, agent: Any, exc: BaseException) -> None:
         """An agent's body raised and is run again."""
         held = self._retries.admit((app.resilience.stage, agent.name, type(exc)))

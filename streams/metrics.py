@@ -20,6 +20,7 @@ headrace_lag                           gauge      stage, topic,       records be
 headrace_seconds_since_commit          gauge      stage               since the last commit that succeeded
 headrace_assigned_partitions           gauge      stage               partitions that this worker holds
 headrace_recreations_total             counter    stage               consumers and producers created anew
+headrace_guard_tripped                 gauge      stage               1 while the dead-letter guard has stopped a stage
 headrace_retries_total                 counter    stage, class        handlers called again
 headrace_rejected_values_total         counter    –                   values refused by validation
 headrace_handler_seconds               histogram  stage               time of one chunk in its handler
@@ -90,6 +91,7 @@ class StageCollector(Collector):
                 ("lag", "Records between the committed offset and the end", ["stage", "topic", "partition"]),
                 ("seconds_since_commit", "Since the last commit that succeeded", ["stage"]),
                 ("assigned_partitions", "Partitions that this worker holds", ["stage"]),
+                ("guard_tripped", "1 while the dead-letter guard has stopped a stage", ["stage"]),
             )
         }
         for app in self._apps():
@@ -109,6 +111,7 @@ def _collect_app(app: Any, counters: dict[str, Any], gauges: dict[str, Any]) -> 
     for reason, count in accounts.dropped.items():
         counters["dropped"].add_metric([stage, reason, str(reason in INTENDED_DROPS).lower()], count)
     gauges["in_flight"].add_metric([stage], accounts.in_flight)
+    gauges["guard_tripped"].add_metric([stage], float(app.guard.tripped is not None))
     consumer = app.typed_consumer
     if consumer is None:
         return

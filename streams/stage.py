@@ -192,4 +192,8 @@ def resilience_options(settings: configuration.Settings, stage: str) -> Resilien
         health_interval_seconds=settings.health_interval_seconds,
         stuck_seconds=settings.stuck_seconds,
         offset_out_of_range=settings.offset_out_of_range,
+        guard=settings.dlq_guard,
+        guard_messages=settings.dlq_guard_messages,
+        guard_devices=settings.dlq_guard_devices,
+        guard_share=settings.dlq_guard_share,
     )

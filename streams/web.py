@@ -37,6 +37,8 @@ class Checks:
             found[f"{stage.name}.group"] = result(group_problem(stage.app))
             verdict, _at = app.pipeline.health.verdicts.get(stage.name, (WELL, 0.0))
             found[f"{stage.name}.progress"] = result(None if verdict.well else verdict.reason)
+            if stage.app.guard.tripped is not None:
+                found[f"{stage.name}.guard"] = result(stage.app.guard.tripped)
             pending += [(f"{stage.name}.{name}", check) for name, check in stage.checks.items()]
         found |= dict(
             zip([name for name, _ in pending], await asyncio.gather(*(ask(c) for _, c in pending)), strict=True)

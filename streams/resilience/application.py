@@ -44,6 +44,9 @@ class Listener:
     def drop(self, app: App, record: Any, reason: str) -> None:
         """Nothing comes of ``record``."""
 
+    def guard(self, app: App, reason: str | None) -> None:
+        """The dead-letter guard has stopped ``app`` for ``reason``, or lets it go on (None)."""
+
     def agent_failure(self, app: App, agent: Any, exc: BaseException) -> None:
         """The body of ``agent`` raised and is run again."""
 
@@ -62,6 +65,7 @@ class App(faust.App):
         self.resilience = resilience
         self.listener = listener or Listener()
         self.accounts = Accounts(resilience.stage)
+        self.guard = resilience.new_guard()
         self.chunk_topics: dict[str, Decode] = {}
         self.resilient_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.background: set[asyncio.Future[Any]] = set()
@@ -190,6 +194,10 @@ class App(faust.App):
     def on_drop(self, record: Any, reason: str) -> None:
         """Tell the listener of a drop."""
         self.listener.drop(self, record, reason)
+
+    def on_guard(self) -> None:
+        """Tell the listener that the dead-letter guard stopped the stage, or let it go on."""
+        self.listener.guard(self, self.guard.tripped)
 
     def on_agent_failure(self, agent: Any, exc: BaseException) -> None:
         """Tell the listener that a body raised."""

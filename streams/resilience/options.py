@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streams.resilience.backoff import Backoff
+from streams.resilience.guard import Guard
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,15 @@ class ResilienceOptions:
     health_interval_seconds: float = 30.0
     stuck_seconds: float = 120.0
     offset_out_of_range: str = "earliest"
+    guard: bool = True
+    guard_messages: int = 1000
+    guard_devices: int = 10
+    guard_share: float = 0.5
     rng: Callable[[], random.Random] = random.Random
+
+    def new_guard(self) -> Guard:
+        """Return a dead-letter guard with nothing counted."""
+        return Guard(self.guard_messages, self.guard_devices, self.guard_share, self.guard)
 
     def infrastructure_backoff(self) -> Backoff:
         """Return the backoff for what is away and will come back."""

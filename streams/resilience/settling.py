@@ -89,6 +89,12 @@ class Settling:
             if tried:
                 self._attempt_backoff.reset()
         self._retry_backoff.healthy()
+        if (
+            self.app.guard.watching
+            and not isinstance(event.value, Chunk)
+            and self.app.guard.passed((event.message.key,))
+        ):
+            self.app.on_guard()
         if self.redelivery:
             self.redelivery.finished(event)
             self.wake()
@@ -140,7 +146,8 @@ class Settling:
         elif alone or by_itself:
             guilty = renewed[-1]
             count, first = self._count_attempt(guilty.message.tp, guilty.first_offset)
-            if kind in _LETTER_KINDS or count >= self.app.resilience.max_attempts:
+            final = kind in _LETTER_KINDS or count >= self.app.resilience.max_attempts
+            if final and self.app.guard.allows(guilty.message.key, str(exc)):
                 self._hold(renewed[:-1], 0.0)
                 guilty.stream = self
                 self._bury(guilty, exc, _LETTER_KINDS.get(kind, "exhausted"), count, first)
@@ -204,6 +211,9 @@ class Settling:
         count, first = self._count_attempt(delivery.tp, record.offset)
         if kind is FailureClass.UNCLASSIFIED and count < self.app.resilience.max_attempts:
             return None
+        if not self.app.guard.allows(record.key, str(exc)):
+            self.app.on_guard()
+            return None
         name = _LETTER_KINDS.get(kind, "exhausted")
         delivery.note_dead(record.offset, name)
         return self._letter(record, exc, name, count, first)
@@ -234,6 +244,8 @@ class Settling:
         Raises what Kafka says to a record that it can never take; the chunk then is as it was before.
         """
         event, delivery = chunk.event, chunk.delivery
+        if self.app.guard.watching:
+            self._tell_guard(chunk, letters, rest)
         if delivery is None or event is None:
             await self.app.capture(outgoing + letters)
             chunk.pending = rest
@@ -256,6 +268,15 @@ class Settling:
             if kind is FailureClass.FATAL:
                 self.app.fatal(failure)
             self._hold([self._renew(event)], self._delay(failure, kind))
+
+    def _tell_guard(self, chunk: Chunk, letters: list[Outgoing], rest: list[int]) -> None:
+        held = set(rest)
+        keys = [chunk.records[number].key for number in chunk.pending if number not in held]
+        for letter in letters:
+            if letter[1] in keys:
+                keys.remove(letter[1])
+        if self.app.guard.passed(keys):
+            self.app.on_guard()
 
     # -- dead letters and revocation --------------------------------------------------------------------------------
 
