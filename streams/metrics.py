@@ -20,6 +20,7 @@ headrace_lag                           gauge      stage, topic,       records be
 headrace_seconds_since_commit          gauge      stage               since the last commit that succeeded
 headrace_assigned_partitions           gauge      stage               partitions that this worker holds
 headrace_recreations_total             counter    stage               consumers and producers created anew
+headrace_offset_resets_total           counter    stage               committed offsets that the log no longer had
 headrace_guard_tripped                 gauge      stage               1 while the dead-letter guard has stopped a stage
 headrace_retries_total                 counter    stage, class        handlers called again
 headrace_rejected_values_total         counter    –                   values refused by validation
@@ -80,6 +81,7 @@ class StageCollector(Collector):
                 ("dropped", "Messages that nothing comes of", ["stage", "reason", "intended"]),
                 ("returned", "Messages given back on revocation", ["stage"]),
                 ("recreations", "Clients created anew", ["stage"]),
+                ("offset_resets", "Committed offsets that the log no longer had", ["stage"]),
             )
         }
         gauges = {
@@ -106,6 +108,7 @@ def _collect_app(app: Any, counters: dict[str, Any], gauges: dict[str, Any]) -> 
     counters["forwarded"].add_metric([stage], accounts.forwarded)
     counters["returned"].add_metric([stage], accounts.returned)
     counters["recreations"].add_metric([stage], accounts.recreations)
+    counters["offset_resets"].add_metric([stage], accounts.offset_resets)
     for kind, count in accounts.dead_lettered.items():
         counters["dead_letters"].add_metric([stage, kind], count)
     for reason, count in accounts.dropped.items():

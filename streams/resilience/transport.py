@@ -29,6 +29,7 @@ from mode import Service
 from streams.resilience.accounts import Accounts
 from streams.resilience.commits import Ledgers, PartitionLedger, Span
 from streams.resilience.consumer_thread import ConsumerThread
+from streams.resilience.failures import Fatal
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import Producer
 
@@ -328,6 +329,54 @@ class Consumer(driver.Consumer):
         message.ledger = ledger
         self._read_offset[tp] = message.offset
         await self.callback(message)
+
+    async def perform_seek(self) -> None:
+        """Go to the committed offsets; where the log no longer has one, as ``OFFSET_OUT_OF_RANGE`` says, never silently."""
+        await super().perform_seek()
+        committed = {
+            tp: offset
+            for tp, offset in self._committed_offset.items()
+            if offset is not None and self.app.topics.acks_enabled_for(tp.topic)
+        }
+        if not committed:
+            return
+        first = await self.earliest_offsets(*committed)
+        end = await self.highwaters(*committed)
+        for tp, offset in committed.items():
+            low, high = first.get(tp), end.get(tp)
+            if low is not None and high is not None and not low <= offset <= high:
+                await self._out_of_range(tp, offset, low, high)
+
+    async def _out_of_range(self, tp: TP, committed: int, first: int, end: int) -> None:
+        policy = self.options.offset_out_of_range
+        self.accounts.offset_resets += 1
+        lost = (
+            f"{first - committed} record(s) before offset {first} are gone"
+            if committed < first
+            else "its log began anew"
+        )
+        self.log.error(
+            "%s[%d] in group %s: committed offset %d is out of range (%d … %d): %s; OFFSET_OUT_OF_RANGE=%s",
+            tp.topic,
+            tp.partition,
+            self.app.conf.id,
+            committed,
+            first,
+            end,
+            lost,
+            policy,
+        )
+        if policy == "stop":
+            self.app.fatal(
+                Fatal(
+                    f"{tp.topic}[{tp.partition}]: committed offset {committed} is out of range ({first} … {end}), and "
+                    "OFFSET_OUT_OF_RANGE=stop; set the group's offset, or choose earliest or latest"
+                )
+            )
+            return
+        wanted = end if policy == "latest" else first
+        await self.seek(tp, wanted)
+        self._committed_offset[tp] = None
 
     # -- completing -------------------------------------------------------------------------------------------------
 
