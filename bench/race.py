@@ -1,10 +1,10 @@
 """The race: the normalizer's work on Apache Kafka, five ways, side by side in one run.
 
-Every competitor gets the same input topic (Fluxor frames of 200 devices over 4 partitions), the same pure function, one
-output topic each, acks=all, lz4, and commits what is done. Rounds are interleaved, so that a machine that is busy is so
-for all. Rate and CPU are those of the stretch from the first output that was seen to the last; start-up is not in
-them. Each run is checked: as many outputs as are due, the first of them equal to what the function gives, and the
-group's committed offsets at the end of the input.
+Every competitor gets the same input topic (Fluxor frames of 200 devices over 4 partitions), the same pure function and
+an output topic of its own; sends with acks=all and the compression that costs it least; and commits what is done.
+Rounds are interleaved, so that a machine that is busy is so for all. Rate and CPU are those of the stretch from the
+first output that was seen to the last; start-up is not in them. Each run is checked: as many outputs as are due, the
+first of them equal to what the function gives, and the group's committed offsets at the end of the input.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ HEADRACE = "headrace"
 NAMES = {**RIVALS, HEADRACE: "Headrace"}
 PREFIX = "race_"
 SOURCE = f"{PREFIX}iot_raw_data"
+#: librdkafka packs lz4 at its fastest level, aiokafka at its slowest (level 9: five times the CPU of its zstd).
+COMPRESSION = {"quix": "lz4", "librdkafka": "lz4"}
 #: What is compared of each partition, in input messages.
 CHECKED_MESSAGES = 250
 
@@ -50,8 +52,9 @@ class Result(NamedTuple):
 class Course:
     """The input, the broker and the environments that all competitors run on."""
 
-    def __init__(self, stack: Stack, folder: Path, messages: int, slow_messages: int) -> None:
+    def __init__(self, stack: Stack, folder: Path, messages: int, slow_messages: int, compression: str = "") -> None:
         self.stack = stack
+        self.compression = compression
         self.folder = folder
         self.rivals = ensure_rivals()
         self.broker = Broker(stack.env["KAFKA_BOOTSTRAP_SERVERS"])
@@ -87,16 +90,35 @@ class Course:
         self._check(name, target, starts, count)
         return measure(samples, peak)
 
+    def compression_of(self, name: str) -> str:
+        """Return the codec that a competitor sends with."""
+        return self.compression or COMPRESSION.get(name, "zstd")
+
     @contextmanager
     def _competitor(self, name: str, group: str, source: str, target: str) -> Iterator[Callable[[], int]]:
         log = self.folder / f"{group}.log"
         bootstrap = self.broker.bootstrap
         if name != HEADRACE:
-            command = (self.rivals, "-m", f"bench.rivals.{name}", bootstrap, source, target, group)
+            command = (
+                self.rivals,
+                "-m",
+                f"bench.rivals.{name}",
+                bootstrap,
+                source,
+                target,
+                group,
+                self.compression_of(name),
+            )
             with Child(command, log) as child:
                 yield lambda: child.pid
             return
-        env = {**self.stack.env, "STAGES": "normalizer", "APP_ID": group, "TOPIC_PREFIX": PREFIX}
+        env = {
+            **self.stack.env,
+            "STAGES": "normalizer",
+            "APP_ID": group,
+            "TOPIC_PREFIX": PREFIX,
+            "KAFKA_COMPRESSION": self.compression_of(name),
+        }
         worker = Worker({**env, "DATA_DIR": str(self.folder / group)}, log=log)
         try:
             worker.spawn()
@@ -173,7 +195,7 @@ def run(options: argparse.Namespace) -> None:
         stack = Stack.temporary(("kafka",), report=print)
         try:
             stack.start()
-            course = Course(stack, Path(folder), messages, slow)
+            course = Course(stack, Path(folder), messages, slow, options.compression)
             print(f"{messages:,} messages ({slow:,} for plain Faust), {rounds} round(s)", flush=True)
             # The first of all runs finds a cold broker; it is not counted.
             course.run("aiokafka_loop", 0)
@@ -186,11 +208,13 @@ def run(options: argparse.Namespace) -> None:
         finally:
             stack.stop(discard=True)
     body = (
-        f"A Fluxor frame in, {READINGS_PER_MESSAGE} readings out, acks=all, lz4, commit; {messages:,} messages"
-        f" ({slow:,} for plain Faust) in 4 partitions, median of {rounds} interleaved round(s).\n\n{show(results)}"
+        f"A Fluxor frame in, {READINGS_PER_MESSAGE} readings out, acks=all, commit, "
+        f"{options.compression or 'the compression that costs each least'}; {messages:,} messages ({slow:,} for plain "
+        f"Faust) in 4 partitions, median of {rounds} interleaved round(s).\n\n{show(results)}"
     )
     data: dict[str, Any] = {
         "messages": messages,
+        "compression": {name: course.compression_of(name) for name in names},
         "messages_plain_faust": slow,
         "rounds": {name: [result._asdict() for result in found] for name, found in results.items()},
         "median": {name: median(found)._asdict() for name, found in results.items()},
@@ -204,4 +228,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--messages", type=int, default=200_000, help="messages a run (default %(default)s)")
     parser.add_argument("--slow", type=int, default=8_000, help="messages for plain Faust (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default %(default)s)")
+    parser.add_argument("--compression", default="", help="the same for all (default: what costs each least)")
     parser.add_argument("--only", nargs="*", choices=list(NAMES), help="only these competitors")

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from bench.work import make_expand
 
 
-async def main(bootstrap: str, source: str, target: str, group: str) -> None:
+async def main(bootstrap: str, source: str, target: str, group: str, compression: str) -> None:
     """Run until SIGTERM."""
     expand = make_expand()
     stopped = asyncio.Event()
@@ -29,7 +29,7 @@ async def main(bootstrap: str, source: str, target: str, group: str) -> None:
         bootstrap_servers=bootstrap,
         acks="all",
         enable_idempotence=True,
-        compression_type="lz4",
+        compression_type=compression,
         linger_ms=5,
         max_batch_size=262_144,
     )
@@ -48,4 +48,4 @@ async def main(bootstrap: str, source: str, target: str, group: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(*sys.argv[1:5]))
+    uvloop.run(main(*sys.argv[1:6]))

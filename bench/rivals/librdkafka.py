@@ -13,7 +13,7 @@ from bench.work import make_expand
 BATCH = 5000
 
 
-def main(bootstrap: str, source: str, target: str, group: str) -> None:
+def main(bootstrap: str, source: str, target: str, group: str, compression: str) -> None:
     """Run until SIGTERM."""
     expand = make_expand()
     running = True
@@ -43,7 +43,7 @@ def main(bootstrap: str, source: str, target: str, group: str) -> None:
             "bootstrap.servers": bootstrap,
             "acks": "all",
             "enable.idempotence": True,
-            "compression.type": "lz4",
+            "compression.type": compression,
             "linger.ms": 5,
             "batch.size": 262_144,
             "partitioner": "murmur2_random",
@@ -72,4 +72,4 @@ def main(bootstrap: str, source: str, target: str, group: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:6])

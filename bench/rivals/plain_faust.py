@@ -11,7 +11,7 @@ import faust
 from bench.work import PARTITIONS, make_expand
 
 
-def main(bootstrap: str, source: str, target: str, group: str) -> None:
+def main(bootstrap: str, source: str, target: str, group: str, compression: str) -> None:
     """Run until SIGTERM."""
     expand = make_expand()
     app = faust.App(
@@ -24,7 +24,7 @@ def main(bootstrap: str, source: str, target: str, group: str) -> None:
         topic_allow_declare=False,
         web_enabled=False,
         producer_acks=-1,
-        producer_compression_type="lz4",
+        producer_compression_type=compression,
         producer_linger=0.005,
         producer_max_batch_size=262_144,
         broker_session_timeout=10.0,
@@ -45,4 +45,4 @@ def main(bootstrap: str, source: str, target: str, group: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:6])

@@ -9,7 +9,7 @@ from quixstreams import Application
 from bench.work import make_expand
 
 
-def main(bootstrap: str, source: str, target: str, group: str) -> None:
+def main(bootstrap: str, source: str, target: str, group: str, compression: str) -> None:
     """Run until SIGTERM."""
     expand = make_expand()
     app = Application(
@@ -25,7 +25,7 @@ def main(bootstrap: str, source: str, target: str, group: str) -> None:
         producer_extra_config={
             "acks": "all",
             "enable.idempotence": True,
-            "compression.type": "lz4",
+            "compression.type": compression,
             "linger.ms": 5,
             "batch.size": 262_144,
             "queue.buffering.max.messages": 1_000_000,
@@ -40,4 +40,4 @@ def main(bootstrap: str, source: str, target: str, group: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:6])
