@@ -376,9 +376,10 @@ class BrokerProfile:
         ("60", "10"), _seconds(1, 3600), "How old the client's picture of the cluster may get."
     )
     compression: str = _both(
-        ("lz4", "lz4"),
+        ("zstd", "zstd"),
         _choice("none", "lz4", "snappy", "zstd", "gzip"),
-        "Of what Headrace produces. gzip costs several times the CPU of the others.",
+        "Of what Headrace produces. aiokafka packs lz4 at its level 9, which costs five times the CPU of zstd and "
+        "packs less; snappy costs a little less than zstd and packs a fifth as well.",
     )
     linger_seconds: float = _both(
         ("0.005", "0.002"), _seconds(0, 5), "How long a batch waits for more records before it is sent."

@@ -100,7 +100,7 @@ def test_resilient_has_the_tuned_values() -> None:
     assert (broker.session_timeout_seconds, broker.heartbeat_interval_seconds) == (90, 30)
     assert (broker.request_timeout_seconds, broker.max_poll_interval_seconds) == (120, 600)
     assert broker.reconnect_backoff_max_seconds == 64
-    assert broker.compression == "lz4"
+    assert broker.compression == "zstd"
     assert Settings.from_env({}).retry_cap_seconds == 64
 
 
