@@ -1,9 +1,9 @@
 """``/api/v1``: devices, readings, alerts, dead letters; what people and other programs ask and say.
 
-Guarantees: it reads PostgreSQL and Kafka's dead letters, never a table of a stage; what is posted is in Kafka before it is
-answered. ``X-API-Key`` is compared in constant time; without one of ``API_KEYS`` the answer is 401, and without any set the
-server binds to loopback alone. A wrong request gets 400 with a JSON pointer to what is wrong, a store that does not answer
-503 with Retry-After.
+Guarantees: it reads PostgreSQL and Kafka's dead letters, never a table of a stage; what is posted is in Kafka before
+it is answered. ``X-API-Key`` is compared in constant time; without one of ``API_KEYS`` the answer is 401, and without
+any set the server binds to loopback alone. A wrong request gets 400 with a JSON pointer to what is wrong, a store that
+does not answer 503 with Retry-After.
 """
 
 from __future__ import annotations
@@ -243,7 +243,9 @@ async def dead_letters(request: web.Request) -> web.Response:
 
 
 async def release_guard(request: web.Request) -> web.Response:
-    """``POST /api/v1/guard/{stage}/release``: let a stage of this worker go on that the dead-letter guard has stopped."""
+    """``POST /api/v1/guard/{stage}/release``: let a stage of this worker go on that the dead-letter guard has
+    stopped.
+    """
     wanted = request.match_info["stage"]
     found = [one for one in app.apps() if one.resilience.stage == wanted]
     if not found:

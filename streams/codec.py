@@ -12,8 +12,10 @@ from faust.serializers.schemas import Schema
 from streams.messages import encode
 
 
-class StructSchema(Schema):
-    """Values through a decoder of :mod:`streams.messages`, keys as text. A record without a value is None (a tombstone)."""
+class StructSchema(Schema[Any, Any]):
+    """Values through a decoder of :mod:`streams.messages`, keys as text. A record without a value is None (a
+    tombstone).
+    """
 
     def __init__(self, decode: Callable[[bytes], Any]) -> None:
         super().__init__(key_type=str, value_serializer="raw", allow_empty=True)

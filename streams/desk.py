@@ -1,10 +1,10 @@
 """The dead-letter desk: look at what is in ``iot_errors``, send it back to where it came from, or close the matter.
 
 Guarantees: a dead letter stays in ``iot_errors`` as it is; what was decided about it is a record of the compacted topic
-``{APP_ID}-dlq-desk``, keyed ``partition:offset``. A replay writes the original key and value to the original topic and its
-decision in one Kafka transaction, so that it happens once, however often it is asked for or interrupted; a second desk
-at work at the same time is fenced off. A truncated letter is replayed from the record that it points to, for as long as
-Kafka keeps that; without it the letter is refused, not half replayed.
+``{APP_ID}-dlq-desk``, keyed ``partition:offset``. A replay writes the original key and value to the original topic and
+its decision in one Kafka transaction, so that it happens once, however often it is asked for or interrupted; a second
+desk at work at the same time is fenced off. A truncated letter is replayed from the record that it points to, for as
+long as Kafka keeps that; without it the letter is refused, not half replayed.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class Filter:
 
 
 async def read_whole(settings: Settings, topic: str, *, tail: int | None = None) -> AsyncIterator[Any]:
-    """Yield every record of ``topic`` up to its present end, committed ones only; ``tail``: the last ones per partition."""
+    """Yield every record of ``topic`` up to its present end, committed ones only; ``tail``: the last ones per
+    partition.
+    """
     consumer = AIOKafkaConsumer(
         **settings.kafka_client_options(), enable_auto_commit=False, isolation_level="read_committed"
     )

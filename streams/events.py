@@ -114,8 +114,8 @@ class StageEvents(Listener):
         held = self._letters.admit((stage, "guard"))
         if held is not None:
             log.error(
-                "Stage %s has stopped taking: %s. Most likely a profile or a deployment is wrong; correct it and restart, or "
-                "let it go on with POST /api/v1/guard/%s/release. Nothing is lost meanwhile%s",
+                "Stage %s has stopped taking: %s. Most likely a profile or a deployment is wrong; correct it and "
+                "restart, or let it go on with POST /api/v1/guard/%s/release. Nothing is lost meanwhile%s",
                 stage,
                 reason,
                 stage,

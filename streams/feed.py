@@ -1,9 +1,9 @@
 """A topic read whole, by every worker that needs it: rules, devices, what is down.
 
 Guarantee: :meth:`Feed.ready` returns once everything that was in the topic at the start has been handed over; from then
-on each new record is, in order per partition. No group is joined and nothing is committed; an absent broker is waited for,
-and a consumer that fails is made anew and reads on from where it was. A record that does not decode is logged and passed
-over: it must not keep the good ones from being used.
+on each new record is, in order per partition. No group is joined and nothing is committed; an absent broker is waited
+for, and a consumer that fails is made anew and reads on from where it was. A record that does not decode is logged and
+passed over: it must not keep the good ones from being used.
 """
 
 from __future__ import annotations

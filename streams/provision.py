@@ -1,7 +1,8 @@
 """Topics exist, as they are declared, before a stage reads or writes them.
 
-Guarantees: a missing topic is created with its configuration; one that exists is taken as it is, unless that would break
-keys or tables, which is an error that names the topic, what was found and what to do; a broker that is away is waited for.
+Guarantees: a missing topic is created with its configuration; one that exists is taken as it is, unless that would
+break keys or tables, which is an error that names the topic, what was found and what to do; a broker that is away is
+waited for.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ async def table_partitions(settings: Settings, needs: Iterable[TableNeeds]) -> d
         present = {name: counts[name] for name in sources if name in counts}
         if len(set(present.values())) > 1:
             raise Fatal(
-                f"stage {stage} keeps tables of {', '.join(f'{n} ({c} partitions)' for n, c in sorted(present.items()))}: "
+                f"stage {stage} keeps tables of "
+                f"{', '.join(f'{n} ({c} partitions)' for n, c in sorted(present.items()))}: "
                 f"these topics need the same number of partitions; create the ones that are short anew, or add to them"
             )
         if not present:
@@ -174,7 +176,7 @@ async def table_partitions(settings: Settings, needs: Iterable[TableNeeds]) -> d
             if counts.get(changelog, wanted) != wanted:
                 raise Fatal(
                     f"topic {next(iter(present))} has {wanted} partitions and {changelog}, which keeps a table of what "
-                    f"comes from it, has {counts[changelog]}: rows would be looked for in the wrong partition. Give both "
-                    f"the same number, or delete {changelog} to build the table anew"
+                    f"comes from it, has {counts[changelog]}: rows would be looked for in the wrong partition. Give "
+                    f"both the same number, or delete {changelog} to build the table anew"
                 )
     return found

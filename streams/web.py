@@ -1,8 +1,8 @@
 """``/health/live``, ``/health/ready`` and ``/metrics`` of a worker.
 
-Live says that the process runs and its event loop turns; no sink and no broker can take that away. Ready says that every
-stage holds its place in its group and that what it writes to answers; each check with its age and the reason of its
-failure.
+Live says that the process runs and its event loop turns; no sink and no broker can take that away. Ready says that
+every stage holds its place in its group and that what it writes to answers; each check with its age and the reason of
+its failure.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ async def watch(owner: Service) -> None:
         metrics.LOOP_DELAY.set(max(0.0, time.monotonic() - before - CHECK_SECONDS))
         try:
             await CHECKS.run()
-        except Exception as exc:
-            owner.log.exception("A health check failed: %r", exc)
+        except Exception:
+            owner.log.exception("A health check failed")
 
 
 @app.page("/health/live")

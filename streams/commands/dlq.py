@@ -68,7 +68,8 @@ def _table(found: list[desk.Letter]) -> None:
     for letter in found:
         decided = f" [{letter.decision.action}]" if letter.decision else ""
         click.echo(
-            f"{letter.id:>12}  {letter.written:%Y-%m-%d %H:%M:%S}Z  {letter.told('stage'):<11} {letter.told('class'):<9} "
+            f"{letter.id:>12}  {letter.written:%Y-%m-%d %H:%M:%S}Z  "
+            f"{letter.told('stage'):<11} {letter.told('class'):<9} "
             f"{letter.device:<20.20} {letter.told('message'):.90}{decided}"
         )
 

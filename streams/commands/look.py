@@ -1,4 +1,6 @@
-"""``faust -A streams tap``, ``trace ID`` and ``accounts``: what goes through, what became of a message, does it add up."""
+"""``faust -A streams tap``, ``trace ID`` and ``accounts``: what goes through, what became of a message, does it add
+up.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,8 @@ def accounts(url: tuple[str, ...], as_json: bool) -> None:
             dead, dropped = stage["dead_lettered"], stage["dropped"]
             click.echo(
                 f"{stage['stage']:<11} received {stage['received']} = forwarded {stage['forwarded']}"
-                f" + dead-lettered {sum(dead.values())}{_detail(dead)} + dropped {sum(dropped.values())}{_detail(dropped)}"
+                f" + dead-lettered {sum(dead.values())}{_detail(dead)}"
+                f" + dropped {sum(dropped.values())}{_detail(dropped)}"
                 f" + returned {stage['returned']} + in flight {stage['in_flight']}"
                 f"{'' if stage['balance'] == 0 else '   DOES NOT ADD UP: ' + str(stage['balance'])}"
             )

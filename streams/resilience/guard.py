@@ -1,9 +1,9 @@
 """The dead-letter guard: a wrong deployment must not turn a whole topic into dead letters.
 
-When most of a window of at least ``messages`` messages from at least ``devices`` devices would be dead letters, and most of
-the devices are concerned, the stage stops taking: what would be the next dead letter is held instead, tried again with
-backoff, and nothing behind it on its partition is read. It goes on by itself once one of these probes succeeds, or when an
-operator says so. One noisy device, however loud, trips nothing.
+When most of a window of at least ``messages`` messages from at least ``devices`` devices would be dead letters, and
+most of the devices are concerned, the stage stops taking: what would be the next dead letter is held instead, tried
+again with backoff, and nothing behind it on its partition is read. It goes on by itself once one of these probes
+succeeds, or when an operator says so. One noisy device, however loud, trips nothing.
 
 Pure: the stage tells it what became of messages. A window opens with a dead letter and costs nothing before it.
 """
@@ -46,8 +46,8 @@ class Guard:
         self._count(1, (key,))
         if self._total >= self.messages and self._bad():
             self.tripped = (
-                f"{self._dead} of {self._total} messages, from {len(self._dead_keys)} of {len(self._keys)} devices, would be "
-                f"dead letters; the last: {why}"
+                f"{self._dead} of {self._total} messages, from {len(self._dead_keys)} of {len(self._keys)} devices, "
+                f"would be dead letters; the last: {why}"
             )
             self.trips += 1
             self._open()

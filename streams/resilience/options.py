@@ -25,7 +25,8 @@ class ResilienceOptions:
     producer: dict[str, Any] = field(default_factory=dict)
     in_flight_bytes: int = 32 * 1024 * 1024
     chunk_records: int = 2000
-    #: chunks of one partition under way at once; while that many are, what comes in meanwhile gathers to one larger chunk
+    #: chunks of one partition under way at once; while that many are, what comes in meanwhile gathers to one larger
+    #: chunk
     chunks_in_flight: int = 4
     commit_timeout_seconds: float = 20.0
     drain_seconds: float = 10.0

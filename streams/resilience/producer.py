@@ -213,7 +213,9 @@ class Producer(driver.Producer):
     async def _send_few(
         self, producer: aiokafka.AIOKafkaProducer, records: list[Outgoing]
     ) -> list[asyncio.Future[Any]]:
-        """Send record by record: they join the batch that is being filled, where a batch of their own would wait for it."""
+        """Send record by record: they join the batch that is being filled, where a batch of their own would wait for
+        it.
+        """
         futures = []
         for topic, key, value, headers in records:
             cache, partitions = await self._partition_cache(producer, topic)

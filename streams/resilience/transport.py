@@ -91,6 +91,8 @@ class Consumer(driver.Consumer):
         self.busy: set[Delivery] = set()
         self.last_commit_at: float | None = None
         self.last_fetch_at = time.monotonic()
+        #: ends of logs as last asked for; a partition that is not read just now does not learn them from fetches
+        self.ends: dict[TP, int] = {}
         self.fetch_failures = 0
         self.recreations = 0
         self.last_failure: str | None = None
@@ -166,6 +168,8 @@ class Consumer(driver.Consumer):
             readable = self._uncrowded(self.ledgers.with_room(active))
             if not readable:
                 await self._wait_for_room(FETCH_WAIT_SECONDS)
+                # A fetch that nobody asked for is not overdue.
+                self.last_fetch_at = time.monotonic()
                 continue
             self.not_waiting_next_records.clear()
             try:
@@ -331,7 +335,9 @@ class Consumer(driver.Consumer):
         await self.callback(message)
 
     async def perform_seek(self) -> None:
-        """Go to the committed offsets; where the log no longer has one, as ``OFFSET_OUT_OF_RANGE`` says, never silently."""
+        """Go to the committed offsets; where the log no longer has one, as ``OFFSET_OUT_OF_RANGE`` says, never
+        silently.
+        """
         await super().perform_seek()
         committed = {
             tp: offset
@@ -516,6 +522,7 @@ class Consumer(driver.Consumer):
         for tp in gone:
             self._read_offset.pop(tp, None)
             self._committed_offset.pop(tp, None)
+            self.ends.pop(tp, None)
         self.app.forget(gone)
         self.wake_reader()
 
@@ -545,15 +552,27 @@ class Consumer(driver.Consumer):
         self.accounts.recreations += 1
         self.log.info("Successfully recreated consumer after error (attempt %d)", self.recreations)
 
+    async def look_up_ends(self, bound_seconds: float) -> None:
+        """Ask the broker for the ends of the logs that are read here; raises what aiokafka raises, and TimeoutError."""
+        tps = [tp for tp, _ in self.ledgers.items()]
+        if tps:
+            self.ends = await self._thread.end_offsets(tps, bound_seconds)
+
+    def end_of(self, tp: TP) -> int | None:
+        """Return the end of a log as far as known, None where nothing is."""
+        known = self.ends.get(tp)
+        try:
+            fetched = self.highwater(tp)
+        except Exception as exc:
+            self.log.debug("no end offset of %s: %r", tp, exc)
+            return known
+        return fetched if known is None else max(known, fetched or 0)
+
     def lags(self) -> dict[TP, int]:
         """Return, for each partition read so far, the records between what is committed and the end of the log."""
         found = {}
         for tp, ledger in self.ledgers.items():
-            try:
-                end = self.highwater(tp)
-            except Exception as exc:
-                self.log.debug("no end offset of %s: %r", tp, exc)
-                continue
+            end = self.end_of(tp)
             done = ledger.committed if ledger.committed is not None else ledger.mark
             if end is not None and done is not None:
                 found[tp] = max(0, end - done)

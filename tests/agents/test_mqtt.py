@@ -49,7 +49,9 @@ class Batch:
 
 
 async def test_a_batch_becomes_raw_messages_in_order() -> None:
-    """Each message is a RawMessage keyed by its device, text as it came, other bytes in hex; then it is acknowledged."""
+    """Each message is a RawMessage keyed by its device, text as it came, other bytes in hex; then it is
+    acknowledged.
+    """
     batch = Batch(
         arrival("devices/d1/telemetry", b'{"t": 1}'),
         arrival("devices/d2/telemetry", b"\xff\x00"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -47,11 +46,11 @@ class Rows:
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rows]:
+def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
     """Give the ingestor a store in memory."""
     store = Rows()
     monkeypatch.setattr(ingestor, "_ingest", ingestor.Ingest(store, 2))  # type: ignore[arg-type]
-    yield store
+    return store
 
 
 async def test_the_ingestor_stores_what_is_to_be_kept(rows: Rows) -> None:
@@ -78,7 +77,9 @@ async def test_one_bad_reading_in_a_chunk_is_one_dead_letter(rows: Rows, records
 
 
 async def test_a_failure_of_many_is_narrowed_down(rows: Rows, records: Any) -> None:
-    """When a whole chunk fails for a reason that is a message's, it is tried one by one and only the guilty one goes."""
+    """When a whole chunk fails for a reason that is a message's, it is tried one by one and only the guilty one
+    goes.
+    """
     rows.failures = [Poison("somewhere in there"), Poison("this one")]
     values = [encode(reading(float(n), label=label)) for n, label in enumerate(["a", "b", "c"])]
     async with ingestor.ingest.test_context() as agent:
