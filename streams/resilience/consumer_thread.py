@@ -172,6 +172,14 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     def _is_changelog(self, tp: TP) -> bool:
         return tp.topic in self.app.tables.changelog_topics
 
+    async def end_offsets(self, tps: list[TP], bound_seconds: float) -> dict[TP, int]:
+        """Ask for the ends of logs; nothing while there is no consumer to ask with."""
+        consumer = self._consumer
+        if consumer is None or self.swapping:
+            return {}
+        found = await self.call(consumer.end_offsets(list(map(driver.ensure_aiokafka_TP, tps))), bound_seconds)
+        return {TP(tp.topic, tp.partition): offset for tp, offset in found.items()}
+
     async def seek_to_committed(self) -> Mapping[TP, Any]:
         """Set the positions of all partitions but changelogs to what is committed, or to the beginning of the log.
 

@@ -34,6 +34,9 @@ from streams.resilience.judgement import (
 
 __all__ = ["WELL", "HealthMonitor", "PartitionView", "Remedy", "Verdict", "View", "judge", "look"]
 
+#: How long a health check waits for the ends of the logs.
+LOOK_UP_SECONDS = 5.0
+
 
 def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
     """Return what can be seen of ``app``, or None while it has not started.
@@ -47,10 +50,7 @@ def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
     client = thread._consumer
     partitions = []
     for tp, ledger in consumer.ledgers.items():
-        try:
-            end = consumer.highwater(tp) or 0
-        except Exception:
-            end = 0
+        end = consumer.end_of(tp) or 0
         held = tp in consumer.held
         partitions.append(
             view_partition(f"{tp.topic}[{tp.partition}]", ledger, end, held=held, now=now, changed=changed)
@@ -112,6 +112,7 @@ class HealthMonitor(Service):
     async def _watch(self) -> None:
         while not self.should_stop:
             await self.sleep(self.interval_seconds)
+            await asyncio.gather(*map(self._look_up_ends, self.apps()))
             for app in self.apps():
                 try:
                     self.check(app)
@@ -119,6 +120,16 @@ class HealthMonitor(Service):
                     self.log.exception(
                         "The health check of stage %s failed: %s", app.resilience.stage, type(exc).__name__
                     )
+
+    async def _look_up_ends(self, app: Any) -> None:
+        consumer = app.typed_consumer
+        if consumer is None or not app.started or app.producer_only:
+            return
+        try:
+            await consumer.look_up_ends(LOOK_UP_SECONDS)
+        except Exception as exc:
+            # A broker that is away; the judgement finds out by itself.
+            self.log.debug("no ends of the logs of stage %s: %r", app.resilience.stage, exc)
 
     def check(self, app: Any) -> Verdict:
         """Look at one stage, remember the verdict, and begin what helps."""
