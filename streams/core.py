@@ -1,8 +1,8 @@
 """The host app: what ``faust -A streams worker`` loads, whatever stages it is to run.
 
 Guarantees: the web server answers from the start, before Kafka does; each stage that ``STAGES`` names runs as an app of
-its own (group ``{APP_ID}-{stage}``) inside this worker; agents that a user adds to ``streams.app`` run in the host's own
-group ``{APP_ID}``, with the same promise. An agent module that cannot be imported is an error, not a warning.
+its own (group ``{APP_ID}-{stage}``) inside this worker; agents that a user adds to ``streams.app`` run in the host's
+own group ``{APP_ID}``, with the same promise. An agent module that cannot be imported is an error, not a warning.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import asyncio
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
-from faust.app.base import BootStrategy
 from mode import Service
 
 import settings as configuration
@@ -23,12 +22,13 @@ from streams.events import EVENTS
 from streams.provision import TableNeeds, provision, table_partitions
 from streams.resilience.failures import Fatal
 from streams.resilience.health import HealthMonitor
-from streams.stage import REGISTERED, Stage, StageApp, faust_options, resilience_options
+from streams.resilience.watchdog import Culprits, Watchdog
+from streams.stage import REGISTERED, Stage, StageApp, StageBoot, faust_options, resilience_options
 
 SETTINGS = configuration.load()
 
 
-class HostBoot(BootStrategy):
+class HostBoot(StageBoot):
     """Starts web and stages first; the host's own consumer only where somebody added an agent to it."""
 
     def server(self) -> Iterable[Any]:
@@ -36,7 +36,7 @@ class HostBoot(BootStrategy):
         return self._chain(
             self.sensors(),
             self.web_server(),
-            [self.app.pipeline],
+            [cast(HostApp, self.app).pipeline],
             self.kafka_producer(),
             self.kafka_consumer(),
             self.agents(),
@@ -46,7 +46,7 @@ class HostBoot(BootStrategy):
 
     def producer_only(self) -> Iterable[Any]:
         """Return the services of a worker that runs stages alone; its producer starts when somebody sends."""
-        return self._chain(self.sensors(), self.web_server(), [self.app.pipeline])
+        return self._chain(self.sensors(), self.web_server(), [cast(HostApp, self.app).pipeline])
 
 
 class Pipeline(Service):
@@ -62,10 +62,17 @@ class Pipeline(Service):
             join_seconds=broker.session_timeout_seconds + broker.rebalance_timeout_seconds + 10.0,
             prepare=self.prepare_topics,
         )
+        self.culprits = Culprits(SETTINGS.data_dir / "culprits.json")
         super().__init__(**kwargs)
+
+    async def on_stop(self) -> None:
+        """Watch the loop no longer: the end has bounds of its own."""
+        self.watchdog.stop()
 
     async def on_start(self) -> None:
         """Start the stages in the background: the web server tells meanwhile how far it is."""
+        self.watchdog = Watchdog(SETTINGS.stuck_seconds, self.culprits)
+        self.watchdog.start()
         self.add_future(self._run())
 
     async def prepare_topics(self) -> None:
@@ -76,6 +83,7 @@ class Pipeline(Service):
         try:
             stages = self.host.stages()
             for stage in stages:
+                stage.app.condemned = self.culprits.condemned()
                 for preparation in stage.preparations:
                     self._prepare(stage, preparation)
             self.problem = "waiting for Kafka"
@@ -96,9 +104,9 @@ class Pipeline(Service):
         except Exception as exc:
             self.problem = f"{type(exc).__name__}: {exc}"
             if not isinstance(exc, Fatal):
-                self.log.exception("The stages cannot be started: %r", exc)
+                self.log.exception("The stages cannot be started")
             else:
-                self.log.error("The stages cannot be started: %s", exc)
+                self.log.error("The stages cannot be started: %s", exc)  # noqa: TRY400  (a known cause, in words)
             await self.crash(exc)
 
     @staticmethod
@@ -155,9 +163,10 @@ class HostApp(StageApp):
             importlib.import_module(name)
 
     def stages(self) -> list[Stage]:
-        """Return the stages that ``STAGES`` names, in the order of the contract."""
+        """Return the stages that ``STAGES`` names, in the order of the contract, each followed by its parts."""
         self.load()
-        return [REGISTERED[name] for name in configuration.STAGES if name in SETTINGS.stages and name in REGISTERED]
+        chosen = [name for name in configuration.STAGES if name in SETTINGS.stages]
+        return [stage for name in chosen for stage in REGISTERED.values() if name in (stage.name, stage.part_of)]
 
     def apps(self) -> list[Any]:
         """Return the apps of this worker whose accounts count: those of its stages, and the host's if it has agents."""
@@ -176,4 +185,5 @@ app = HostApp(
 metrics.REGISTRY.register(metrics.StageCollector(app.apps))
 
 import streams.api  # noqa: E402
+import streams.api_commands  # noqa: E402
 import streams.web  # noqa: E402, F401  (add the pages to ``app``)

@@ -122,6 +122,10 @@ class StageEvents(Listener):
                 _more(held),
             )
 
+    def handled(self, app: App, seconds: float) -> None:
+        """A body has done a chunk."""
+        metrics.HANDLER_SECONDS.labels(app.resilience.stage).observe(seconds)
+
     def agent_failure(self, app: App, agent: Any, exc: BaseException) -> None:
         """An agent's body raised and is run again."""
         held = self._retries.admit((app.resilience.stage, agent.name, type(exc)))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from devices.alarms.model import AlarmRule, Alert, Level, Repeat
+from devices.commands.model import Report as CommandReport
 from devices.model import DecodeError, Reading, Uplink, Value
 
 __all__ = [
@@ -20,8 +21,11 @@ __all__ = [
     "Alert",
     "AlertAction",
     "Command",
+    "CommandReport",
     "CommandStatus",
     "Device",
+    "DeviceState",
+    "DownlinkMessage",
     "Level",
     "RawMessage",
     "Reading",
@@ -93,6 +97,40 @@ class CommandStatus(msgspec.Struct, kw_only=True):
     state: CommandState
     detail: str = ""
     timestamp: datetime
+
+
+class DeviceState(msgspec.Struct, kw_only=True):
+    """What a device's last message told that its commands need; read by ``profile``."""
+
+    device_id: str
+    profile: str
+    state: dict[str, Any]
+    timestamp: datetime
+
+
+class DownlinkMessage(msgspec.Struct, kw_only=True):
+    """What a connector is to hand to a device: attempt ``attempt`` at the command ``request_id``.
+
+    ``route`` is the MQTT topic, empty over CoAP. Nothing is sent after ``expires_at``; what is not ``repeatable`` is
+    sent at most once.
+    """
+
+    request_id: str
+    device_id: str
+    protocol: str
+    attempt: int
+    expires_at: datetime
+    route: str = ""
+    payload: str | None = None
+    payload_hex: str | None = None
+    qos: int = 1
+    retain: bool = False
+    repeatable: bool = False
+
+    @property
+    def data(self) -> bytes:
+        """The bytes that go out."""
+        return self.payload.encode() if self.payload is not None else bytes.fromhex(self.payload_hex or "")
 
 
 _encoder = msgspec.json.Encoder(decimal_format="number")

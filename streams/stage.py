@@ -7,8 +7,9 @@
         async for chunk in stream:
             await chunk.each(to_readings)
 
-Why an app each: stages that share a group hold each other back (a partition paused for a dead database is paused for the
-cache too). A stage that moves from the common worker to a process of its own goes on at its offset, with its tables.
+Why an app each: stages that share a group hold each other back (a partition paused for a dead database is paused for
+the cache too). A stage that moves from the common worker to a process of its own goes on at its offset, with its
+tables.
 """
 
 from __future__ import annotations
@@ -66,10 +67,14 @@ class StageApp(App):
 
 
 class Stage:
-    """A named stage with its app, its topics and what has to answer before it is ready."""
+    """A named stage with its app, its topics and what has to answer before it is ready.
 
-    def __init__(self, name: str, *, chunks_in_flight: int = 4) -> None:
+    ``part_of`` names the stage with which this one runs: a part has a group of its own and needs no word in ``STAGES``.
+    """
+
+    def __init__(self, name: str, *, chunks_in_flight: int = 4, part_of: str | None = None) -> None:
         self.name = name
+        self.part_of = part_of
         self.settings = configuration.load()
         self.app: StageApp = StageApp(
             f"{self.settings.app_id}-{name}",
@@ -104,7 +109,9 @@ class Stage:
         return self.app.service(cls)
 
     def prepare(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Have ``function`` called before the stage starts; what it raises (a profile that is wrong) ends the worker."""
+        """Have ``function`` called before the stage starts; what it raises (a profile that is wrong) ends the
+        worker.
+        """
         self.preparations.append(function)
         return function
 
@@ -127,7 +134,9 @@ def message_topic(app: Any, declaration: Declaration) -> Any:
 
 
 def faust_options(settings: configuration.Settings, folder: str) -> dict[str, Any]:
-    """Return the options of a Faust app for ``settings``; its data lies in the folder of that name below ``DATA_DIR``."""
+    """Return the options of a Faust app for ``settings``; its data lies in the folder of that name below
+    ``DATA_DIR``.
+    """
     broker = settings.broker
     return {
         "broker": [f"kafka://{server}" for server in settings.kafka_bootstrap_servers],

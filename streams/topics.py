@@ -110,3 +110,16 @@ def ticks(stage: str, type_: type[Any], like: Declaration) -> Declaration:
 def by_name(name: str) -> Declaration | None:
     """Return the declaration of a topic, by its name with or without the prefix."""
     return next((topic for topic in ALL if name in (topic.name, topic.base_name)), None)
+
+
+device_state = internal("device-state", messages.DeviceState, "forever", compacted=True, like=commands)
+#: what goes out to devices at once, keyed by device
+downlinks = internal("downlinks", messages.DownlinkMessage, "events", like=commands)
+#: what waits for a device's next request, keyed by request id, a tombstone once it has waited enough
+coap_pending = internal("coap-pending", messages.DownlinkMessage, "forever", compacted=True)
+#: downlinks that must not go out twice, written before they do
+downlinks_begun = internal("downlinks-begun", messages.DownlinkMessage, "events", like=commands)
+#: what connectors say of downlinks, keyed by device
+command_reports = internal("command-reports", messages.CommandReport, "events", like=commands)
+#: what devices say of commands, keyed by request id: a feedback doesn't name its device
+command_feedback = internal("command-feedback", messages.CommandReport, "events", like=commands)

@@ -84,6 +84,7 @@ async def watch(owner: Service) -> None:
     while not owner.should_stop:
         before = time.monotonic()
         await owner.sleep(CHECK_SECONDS)
+        app.pipeline.watchdog.beat()
         metrics.LOOP_DELAY.set(max(0.0, time.monotonic() - before - CHECK_SECONDS))
         try:
             await CHECKS.run()

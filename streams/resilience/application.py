@@ -47,6 +47,9 @@ class Listener:
     def guard(self, app: App, reason: str | None) -> None:
         """The dead-letter guard has stopped ``app`` for ``reason``, or lets it go on (None)."""
 
+    def handled(self, app: App, seconds: float) -> None:
+        """A body has done a chunk; it had it in hand for so long."""
+
     def agent_failure(self, app: App, agent: Any, exc: BaseException) -> None:
         """The body of ``agent`` raised and is run again."""
 
@@ -66,6 +69,8 @@ class App(faust.App):
         self.listener = listener or Listener()
         self.accounts = Accounts(resilience.stage)
         self.guard = resilience.new_guard()
+        #: records that no handler is to see again, see :mod:`streams.resilience.watchdog`
+        self.condemned: frozenset[str] = frozenset()
         self.chunk_topics: dict[str, Decode] = {}
         self.resilient_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.background: set[asyncio.Future[Any]] = set()
@@ -198,6 +203,10 @@ class App(faust.App):
     def on_guard(self) -> None:
         """Tell the listener that the dead-letter guard stopped the stage, or let it go on."""
         self.listener.guard(self, self.guard.tripped)
+
+    def on_handled(self, seconds: float) -> None:
+        """Tell the listener how long a body had a chunk in hand."""
+        self.listener.handled(self, seconds)
 
     def on_agent_failure(self, agent: Any, exc: BaseException) -> None:
         """Tell the listener that a body raised."""

@@ -20,6 +20,7 @@ from streams.messages import encode
 from streams.resilience.deadletter import Failure
 from streams.resilience.failures import FailureClass, Poison, classify
 from streams.resilience.producer import Outgoing
+from streams.resilience.watchdog import AT_HAND, name_of
 
 #: Decodes the bytes of a record's value; raises for bytes that are no such message.
 Decode = Callable[[bytes], Any]
@@ -118,9 +119,12 @@ class Chunk:
         rest: list[int] = []
         failure: BaseException | None = None
         owner, delivery = self.owner, self.delivery
+        at_hand, condemned = AT_HAND, owner.condemned if owner is not None else None
         for position, number in enumerate(pending):
-            record = out.record = records[number]
+            record = out.record = at_hand.record = records[number]
             try:
+                if condemned and name_of(record) in condemned:
+                    raise Poison("this record has blocked the event loop and ended the worker twice")
                 value = record.value
                 message = decode(value) if value is not None else self.message(number)
                 result = handler(message, out)
@@ -141,6 +145,7 @@ class Chunk:
             if out._drop is not None:
                 owner.dropped(record, out._drop, delivery)
                 out._drop = None
+        at_hand.record = None
         await owner.forward(self, outgoing, letters, rest, failure)
 
     async def all(self, handler: BulkHandler) -> None:

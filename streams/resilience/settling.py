@@ -73,6 +73,12 @@ class Settling:
         """Let the stream look again whether an event may be given."""
         raise NotImplementedError
 
+    @property
+    def condemned(self) -> frozenset[str]:
+        """Return the records that have ended the worker twice, by ``topic:partition:offset``."""
+        found: frozenset[str] = self.app.condemned
+        return found
+
     # -- acknowledgement and debts ----------------------------------------------------------------------------------
 
     async def ack(self, event: Any) -> bool:

@@ -86,7 +86,10 @@ class Stream(Settling, FaustStream[Any]):
                 received = await self._receive(None, in_batch=False)
                 if received is None:
                     continue
+                started = time.perf_counter()
                 yield received.value
+                if isinstance(received.value, Chunk):
+                    self.app.on_handled(time.perf_counter() - started)
                 # Only a body that asks for the next event has done this one: whatever else ends the wait at this
                 # yield (an exception, a stop, a rebalance) leaves the event as it is.
                 await self._done_with(received, acknowledge=self.enable_acks)

@@ -18,6 +18,8 @@ from tests.resilience.harness import Record, Rig, numbered
 class FakeOwner:
     """What a chunk asks of its stream: poison is a letter, everything else is held back."""
 
+    condemned: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self.judged: list[int] = []
         self.drops: list[tuple[int, str]] = []
@@ -543,3 +545,14 @@ async def test_a_chunk_agent_takes_one_message_and_a_chunk_under_test_context() 
         ("out", b"4"),
         ("errors", b"oops"),
     ]
+
+
+async def test_a_record_that_ended_the_worker_twice_reaches_no_handler() -> None:
+    """A condemned record is a dead letter before any handler sees it; its neighbours are handled."""
+    chunk, owner = chunk_of(b"a", b"b", b"c")
+    guilty = chunk.records[1]
+    owner.condemned = frozenset({f"{guilty.topic}:{guilty.partition}:{guilty.offset}"})
+    seen: list[Any] = []
+    await chunk.each(lambda message, _out: seen.append(message))
+    assert seen == [b"a", b"c"]
+    assert owner.judged == [guilty.offset]
