@@ -69,7 +69,7 @@ def safe_kafka_poll(consumer: Any, timeout_ms: int = 1000) -> dict[Any, list[Any
                 continue
             found.setdefault((message.topic(), message.partition()), []).append(message)
     except Exception as exc:
-        if not _from_kafka(exc):
+        if not _from_kafka(exc) or getattr(consumer, "_closed", False):
             raise
         log.warning("Poll failed (%s: %s); it may be tried again", type(exc).__name__, exc)
         return {}
@@ -119,17 +119,22 @@ def is_consumer_healthy(consumer: Any) -> bool:
     try:
         if _is_confluent(consumer):
             return bool(consumer.list_topics(timeout=PROBE_SECONDS).brokers)
-        if getattr(consumer, "_closed", False) or not consumer.bootstrap_connected():
+        if getattr(consumer, "_closed", False):
             return False
         answer: list[Any] = []
         # kafka-python's topics() has no time-out of its own.
-        probe = threading.Thread(target=lambda: answer.append(consumer.topics()), daemon=True)
+        probe = threading.Thread(target=lambda: _ask(consumer, answer), daemon=True)
         probe.start()
         probe.join(PROBE_SECONDS)
         return bool(answer)
     except Exception as exc:
         log.debug("the consumer's metadata request failed: %r", exc)
         return False
+
+
+def _ask(consumer: Any, answer: list[Any]) -> None:
+    with contextlib.suppress(Exception):
+        answer.append(consumer.topics())
 
 
 def _library(client: Client) -> Any:
