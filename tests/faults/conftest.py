@@ -9,18 +9,26 @@ import pytest
 import settings
 from tools.stack import Stack
 
+_SERVERS = ("kafka", "postgresql", "valkey", "mqtt")
 
-@pytest.fixture(scope="module")
-def breakable() -> Iterator[Stack]:
-    """A stack of the module's own: its servers are killed, paused and started again."""
+
+@pytest.fixture(scope="session")
+def _own_stack() -> Iterator[Stack]:
     stack = Stack.temporary()
     try:
         stack.start()
         yield stack
     finally:
-        for name in ("kafka", "postgresql", "valkey", "mqtt"):
-            stack.part(name).resume()
         stack.stop(discard=True)
+
+
+@pytest.fixture
+def breakable(_own_stack: Stack) -> Iterator[Stack]:
+    """A stack of the suite's own: a test kills, pauses and starts its servers, and the next one finds all running."""
+    _own_stack.start(*_SERVERS)
+    yield _own_stack
+    for name in _SERVERS:
+        _own_stack.part(name).resume()
 
 
 @pytest.fixture

@@ -52,6 +52,8 @@ class Realm:
         # Each worker chooses its own addresses.
         shared = {name: value for name, value in stack.env.items() if name not in ("WEB_BIND", "COAP_BIND")}
         self.env: dict[str, str] = {**shared, **own, **settings}
+        #: settings of workers alone; the checkers go by `env`
+        self.over: dict[str, str] = {}
         self._workers: list[Worker] = []
         self._fleets: list[Fleet] = []
 
@@ -63,7 +65,7 @@ class Realm:
     def worker(self, name: str = "worker", **settings: str) -> Worker:
         """Return a worker, not started yet; a second one under another name has tables of its own."""
         folder = self.folder / "data" / name if self._workers else Path(self.env["DATA_DIR"])
-        env = {**self.env, "DATA_DIR": str(folder), **settings}
+        env = {**self.env, "DATA_DIR": str(folder), **self.over, **settings}
         worker = Worker(env, log=self.folder / f"{name}.log", name=name)
         self._workers.append(worker)
         return worker
@@ -92,7 +94,9 @@ class Realm:
         asyncio.run(_execute(self._maintenance_url, f'CREATE DATABASE "{self.name}"'))
 
     def close(self) -> None:
-        """End all that was started, and remove database and MQTT session."""
+        """End all that was started, let all that was paused go on, and remove database and MQTT session."""
+        for name in ("kafka", "postgresql", "valkey", "mqtt"):
+            self.stack.part(name).resume()
         for fleet in self._fleets:
             fleet.close()
         for worker in self._workers:
