@@ -19,6 +19,14 @@ _SHARE = click.FloatRange(0, 1)
 @click.option("--duplicates", default=0.0, type=_SHARE, help="Share of messages sent twice.")
 @click.option("--poison", default=0.0, type=_SHARE, help="Share of messages that nobody can read.")
 @click.option("--late", default=0.0, type=_SHARE, help="Share of messages sent after a younger one of their device.")
+@click.option(
+    "--coap",
+    is_flag=False,
+    flag_value=0.5,
+    default=0.0,
+    type=_SHARE,
+    help="Share of devices that speak CoAP; --coap alone: half of them.",
+)
 @click.option("--check", "checking", is_flag=True, help="Wait for the store at the end, and say what is missing.")
 def simulate(
     *,
@@ -31,9 +39,10 @@ def simulate(
     duplicates: float,
     poison: float,
     late: float,
+    coap: float,
     checking: bool,
 ) -> None:
-    """Send the messages of a seeded fleet to MQTT_URL and write down what was acknowledged."""
+    """Send the messages of a seeded fleet to MQTT_URL (and COAP_BIND), and write down what was acknowledged."""
     # Here, because every worker imports this module.
     from settings import load
     from tools.simulator.command import simulate as run
@@ -48,5 +57,6 @@ def simulate(
         duplicates=duplicates,
         poison=poison,
         late=late,
+        coap=coap,
     )
     raise SystemExit(run(load(), plan, ledger, checking=checking))

@@ -24,11 +24,11 @@ def places_of(settings: Settings) -> Places:
 
 
 def simulate(settings: Settings, plan: Plan, ledger: Path, *, checking: bool) -> int:
-    """Run a fleet against `MQTT_URL` until its plan or Ctrl-C ends it; with `checking` wait for the store and check.
+    """Run a fleet against `MQTT_URL` and `COAP_BIND` until its plan or Ctrl-C ends it; with `checking` check the store.
 
     Returns 0, or 1 where the broker is away or the check has found something.
     """
-    fleet = Fleet(plan, settings.mqtt_url, ledger_path=ledger)
+    fleet = Fleet(plan, settings.mqtt_url, ledger_path=ledger, coap_url=f"coap://{settings.coap_bind}")
 
     def end(_number: int, _frame: FrameType | None) -> None:
         fleet.stop()
@@ -52,7 +52,7 @@ def simulate(settings: Settings, plan: Plan, ledger: Path, *, checking: bool) ->
     if fleet.book.refused:
         reason = next(iter(fleet.book.refused.values()))
         print(
-            f"simulate: the broker did not take {len(fleet.book.refused)} messages: {reason}; does the mqtt stage run?"
+            f"simulate: {len(fleet.book.refused)} messages were not taken: {reason}; do the mqtt and coap stages run?"
         )
     return _print(settle(fleet.book, places_of(settings))) if checking else 0
 

@@ -6,16 +6,18 @@ the same values, message by message, whatever the clock says.
 """
 
 import abc
+import dataclasses
 import json
 import math
 import random
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
+from devices.efento.messages import MEASUREMENTS
 from devices.fluxor import frame
 from tools.simulator.message import MAX_SEQ, Message, Outcome, run_tag, set_points
 
-__all__ = ["Device", "Fluxor", "HotFluxor", "Json", "Meter", "Tank", "Weather"]
+__all__ = ["Device", "Efento", "Fluxor", "HotFluxor", "Json", "Meter", "Tank", "Weather", "Yard"]
 
 
 class Device(abc.ABC):
@@ -283,3 +285,67 @@ class HotFluxor(Fluxor):
         hot = self.hot_from <= at < self.hot_until
         mean = self.PEAK_CELSIUS if hot else 22.0
         return round(mean + self.rng.gauss(0, 0.1), 2), round(self.wave(at, 50, 3, 0.3), 2)
+
+
+class Yard(Weather):
+    """A weather station that speaks CoAP: `POST /telemetry/{device_id}`."""
+
+    family = "yard"
+
+    @property
+    def route(self) -> str:
+        """`telemetry/{device_id}`."""
+        return f"telemetry/{self.device_id}"
+
+    def next(self, at: datetime) -> Message:
+        """Return the next message."""
+        return dataclasses.replace(super().next(at), protocol="coap")
+
+
+class Efento(Device):
+    """A battery sensor over CoAP: temperature, humidity and an alarm contact, one sample a message.
+
+    Its clock has whole seconds, which is what a message is known by in the store.
+    """
+
+    family = "efento"
+    own_time = True
+    route = "m"
+
+    def __init__(self, run: str, seed: int, number: int) -> None:
+        super().__init__(run, seed, number)
+        self._last = 0
+
+    def _device_id(self, seed: int, number: int) -> str:
+        return f"282c{seed % 256:02x}{number:06x}"
+
+    def next(self, at: datetime) -> Message:
+        """Return the next message; a device that is asked more than once a second lets its clock run ahead."""
+        seq = self.take_seq()
+        self._last = max(self._last + 1, int(at.timestamp()))
+        message = MEASUREMENTS(
+            serial_num=bytes.fromhex(self.device_id),
+            battery_status=self.rng.random() < 0.95,
+            measurement_period_base=60,
+            measurement_period_factor=1,
+            transfer_reason=1 << 4,
+            hash=1,
+            cloud_token=f"{self.run}/{seq}",
+        )
+        samples = (
+            (1, 10 * self.wave(at, 6, 2, 0.1)),
+            (2, min(99, max(1, self.wave(at, 60, 20, 1)))),
+        )
+        for kind, value in samples:
+            message.channels.add(type=kind, timestamp=self._last, start_point=round(value), sample_offsets=[0])
+        alarm = 1 if self.rng.random() < 0.1 else -1
+        message.channels.add(type=5, timestamp=self._last, sample_offsets=[alarm])
+        return Message(
+            device_id=self.device_id,
+            seq=seq,
+            route=self.route,
+            payload=message.SerializeToString(),
+            sampled_at=datetime.fromtimestamp(self._last, UTC),
+            rows=len(samples) + 1,
+            protocol="coap",
+        )

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tools.simulator.families import Device, Fluxor, HotFluxor, Meter, Tank, Weather
+from tools.simulator.coap import Requester
+from tools.simulator.families import Device, Efento, Fluxor, HotFluxor, Meter, Tank, Weather, Yard
 from tools.simulator.ledger import Book, Ledger
 from tools.simulator.message import Message, Outcome
 from tools.simulator.mqtt import Publisher
@@ -36,7 +37,8 @@ class Plan:
     `rate` in messages/s, 0 for as fast as possible. It ends after `messages` or `seconds`, whichever comes first, or
     when it is stopped. `duplicates`, `poison` and `late` are shares: of messages that are sent twice, that nobody can
     read, and that are sent after a younger one of the same device. `hot` is the span, in seconds from the start, in
-    which the first device measures 48 °C; None for never.
+    which the first device measures 48 °C; None for never. `coap` is the share of devices that speak CoAP, half of them
+    Efento sensors; their messages are never poison, which would be refused.
     """
 
     devices: int = 300
@@ -49,13 +51,14 @@ class Plan:
     late: float = 0.0
     poison_kinds: tuple[str, ...] = KINDS
     hot: tuple[float, float] | None = (5.0, 25.0)
+    coap: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.devices <= 100_000:
             raise ValueError(f"devices={self.devices}: allowed 1 to 100000")
         if self.rate < 0:
             raise ValueError(f"rate={self.rate}: allowed 0 (as fast as possible) or messages per second")
-        for name in ("duplicates", "poison", "late"):
+        for name in ("duplicates", "poison", "late", "coap"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share}: a share is 0 to 1")
@@ -69,10 +72,14 @@ def new_run() -> str:
 
 
 def devices_of(plan: Plan, run: str, started: datetime) -> list[Device]:
-    """Return the devices: every second one a Fluxor, the first of them the one that runs hot."""
+    """Return the devices: over MQTT every second one a Fluxor, the first of them the one that runs hot."""
     made: list[Device] = []
+    over_coap = 0
     for number in range(plan.devices):
-        if number == 0 and plan.hot is not None:
+        if int((number + 1) * plan.coap) > int(number * plan.coap):
+            over_coap += 1
+            made.append((Efento if over_coap % 2 else Yard)(run, plan.seed, number))
+        elif number == 0 and plan.hot is not None:
             begin, end = (started + timedelta(seconds=seconds) for seconds in plan.hot)
             made.append(HotFluxor(run, plan.seed, number, hot_from=begin, hot_until=end))
         elif number % 2 == 0:
@@ -136,6 +143,7 @@ class Fleet:
         inflight: int = 500,
         on_sent: Callable[[Message], None] = lambda _message: None,
         drain_seconds: float = 60.0,
+        coap_url: str | None = None,
     ) -> None:
         self.plan = plan
         self.run = run or new_run()
@@ -154,6 +162,13 @@ class Fleet:
             inflight=inflight,
             client_id=f"simulator-{self.run}",
         )
+        if plan.coap and coap_url is None:
+            raise ValueError(f"coap={plan.coap}: devices over CoAP need coap_url")
+        self._requester: Requester | None = None
+        if coap_url is not None and plan.coap:
+            self._requester = Requester(
+                coap_url, on_ack=self._acknowledged, on_refused=self._refused, inflight=inflight
+            )
 
     @property
     def book(self) -> Book:
@@ -170,7 +185,7 @@ class Fleet:
     @property
     def in_flight(self) -> int:
         """How many messages wait for their acknowledgement."""
-        return self._publisher.in_flight
+        return self._publisher.in_flight + (self._requester.in_flight if self._requester else 0)
 
     @property
     def running(self) -> bool:
@@ -180,11 +195,14 @@ class Fleet:
     @property
     def is_connected(self) -> bool:
         """Whether the broker is connected."""
-        return self._publisher.is_connected
+        return self._publisher.is_connected or self.plan.coap == 1
 
     def start(self, patience_seconds: float = 30.0) -> None:
-        """Connect and begin to send; ConnectionError when no broker answers."""
-        self._publisher.start(patience_seconds)
+        """Connect and begin to send; ConnectionError when no broker answers (devices over CoAP alone need none)."""
+        if self.plan.coap < 1:
+            self._publisher.start(patience_seconds)
+        if self._requester is not None:
+            self._requester.start()
         self._ledger = Ledger(self._path, self.run, self.plan.seed)
         self._thread = threading.Thread(target=self._work, name="simulator", daemon=True)
         self._thread.start()
@@ -206,6 +224,8 @@ class Fleet:
         """End now: what is in flight is given up."""
         self._stopping.set()
         self._publisher.stop()
+        if self._requester is not None:
+            self._requester.stop()
         if self._thread is not None:
             self._thread.join(10)
         if self._ledger is not None:
@@ -232,11 +252,15 @@ class Fleet:
         try:
             self._send_all()
             self._publisher.drain(self._drain_seconds)
+            if self._requester is not None:
+                self._requester.drain(self._drain_seconds)
         except BaseException as error:  # handed to join()
             self.error = error
         finally:
             with contextlib.suppress(Exception):
                 self._publisher.stop()
+            if self._requester is not None:
+                self._requester.stop()
 
     def _send_all(self) -> None:
         assert self._ledger is not None
@@ -258,7 +282,8 @@ class Fleet:
                     self._stopping.wait(wait)
                 # After a stay of the broker the fleet goes on at its rate; it does not make up for it.
                 due = max(due, time.monotonic() - _LATE_BY_SECONDS) + interval
-            if not self._publisher.publish(message):
+            sender = self._requester if message.protocol == "coap" else self._publisher
+            if sender is None or not sender.publish(message):
                 return
             self.sent += 1
             self._on_sent(message)

@@ -41,9 +41,9 @@ class Outcome(enum.StrEnum):
 class Message:
     """One message of one device, ready to be sent.
 
-    `route` is the MQTT topic (later: the CoAP path). `sampled_at` is the time that the device says itself, None where
-    its format has none. `rows` is how many rows of `readings` it gives, in `samples` samples. `late` says that it is
-    sent after a younger one; `poison` names what is wrong with it.
+    `route` is the MQTT topic or the CoAP path, as `protocol` says. `sampled_at` is the time that the device says
+    itself, None where its format has none. `rows` is how many rows of `readings` it gives, in `samples` samples. `late`
+    says that it is sent after a younger one; `poison` names what is wrong with it.
     """
 
     device_id: str

@@ -46,7 +46,9 @@ KINDS = tuple(sorted({*_JSON, *_FLUXOR}))
 
 
 def kinds_of(message: Message) -> tuple[str, ...]:
-    """Return what can be wrong with a message of this family."""
+    """Return what can be wrong with a message of this family; over CoAP it would be refused, and nobody's."""
+    if message.protocol == "coap":
+        return ()
     return tuple(_JSON if message.sampled_at is not None else _FLUXOR)
 
 

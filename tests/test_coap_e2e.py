@@ -1,0 +1,106 @@
+"""CoAP for real: the worker, its socket, Kafka; and the whole way to the rows in PostgreSQL beside MQTT."""
+
+import asyncio
+import json
+import random
+import secrets
+import socket
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiocoap
+import pytest
+from aiocoap.message import Message
+from aiocoap.numbers import codes
+
+from tests.faults.worker import realm
+from tools.simulator import Places, Plan
+from tools.simulator.evidence import records
+from tools.stack import Stack, ports
+from tools.worker import Worker
+
+
+def free_address() -> str:
+    """Return an address for a CoAP server."""
+    return f"127.0.0.1:{ports.choose(set(), random.SystemRandom(), socket.SOCK_DGRAM)}"
+
+
+async def post(address: str, path: str, payload: bytes) -> Message:
+    """Send one confirmable request with a client of its own and return the answer."""
+    client = await aiocoap.Context.create_client_context()
+    try:
+        request = Message(code=codes.POST, uri=f"coap://{address}/{path}", payload=payload, content_format=50)
+        return await asyncio.wait_for(client.request(request).response, 60)
+    finally:
+        await client.shutdown()
+
+
+async def raw_messages(env: dict[str, str], since: Any) -> list[dict[str, Any]]:
+    """Return what the topic iot_raw_data holds."""
+    places = Places.from_env({"DATABASE_URL": "postgresql://nobody@localhost/none", **env})
+    return [json.loads(record.value or b"") async for record in records(places, "iot_raw_data", since)]
+
+
+@pytest.mark.stack
+def test_one_record_for_each_request_and_503_while_kafka_is_away(
+    stack_session: Stack, kafka: str, tmp_path: Path
+) -> None:
+    """2.04 and one record each; with Kafka stopped 5.03 with Max-Age, and 2.04 again when it is back."""
+    address, name = free_address(), f"c{secrets.token_hex(4)}"
+    since = datetime.now(UTC) - timedelta(minutes=1)
+    env = {
+        "KAFKA_BOOTSTRAP_SERVERS": kafka,
+        "STAGES": "coap",
+        "COAP_BIND": address,
+        "COAP_ANSWER_SECONDS": "2",
+        "COAP_MAX_AGE_SECONDS": "7",
+        "APP_ID": name,
+        "TOPIC_PREFIX": f"{name}.",
+        "DATA_DIR": str(tmp_path / "data"),
+    }
+    worker = Worker(env, log=tmp_path / "worker.log")
+    worker.start()
+    broker = stack_session.part("kafka")
+    try:
+
+        async def many() -> list[Message]:
+            return await asyncio.gather(*(post(address, f"telemetry/d{n}", b'{"n": %d}' % n) for n in range(20)))
+
+        assert [answer.code for answer in asyncio.run(many())] == [codes.CHANGED] * 20
+        broker.pause()
+        try:
+            answer = asyncio.run(post(address, "telemetry/away", b'{"n": 1}'))
+        finally:
+            broker.resume()
+        assert (answer.code, answer.opt.max_age) == (codes.SERVICE_UNAVAILABLE, 7)
+        for _ in range(30):
+            answer = asyncio.run(post(address, "telemetry/away", b'{"n": 1}'))
+            if answer.code != codes.SERVICE_UNAVAILABLE:
+                break
+        assert answer.code == codes.CHANGED
+        found = asyncio.run(raw_messages(env, since))
+        assert Counter(raw["device_id"] for raw in found) == {**{f"d{n}": 1 for n in range(20)}, "away": 1}
+        first = next(raw for raw in found if raw["device_id"] == "d3")
+        assert (first["protocol"], first["payload"]) == ("coap", '{"n": 3}')
+        assert (first["metadata"]["uri_path"], first["metadata"]["method"]) == ("telemetry/d3", "POST")
+        assert worker.stop() == 0
+    finally:
+        worker.stop()
+
+
+@pytest.mark.stack
+def test_a_fleet_over_both_protocols_is_stored(stack: Stack, tmp_path: Path) -> None:
+    """600 messages, half of the devices over CoAP (Efento and JSON): all of them are in the database, once."""
+    address = free_address()
+    with realm(stack, tmp_path, STAGES="mqtt,coap,normalizer,ingestor", COAP_BIND=address) as own:
+        worker = own.worker().start()
+        plan = Plan(devices=40, seed=9, rate=0, messages=600, duplicates=0.1, late=0.05, coap=0.5)
+        fleet = own.fleet(plan, coap_url=f"coap://{address}")
+        fleet.start()
+        assert fleet.join(180)
+        report = own.settle(fleet)
+        assert report.clean, f"{report.text()}\n{worker.tail()}"
+        assert report.acknowledged == report.stored == 600
+        assert worker.stop() == 0
