@@ -76,6 +76,7 @@ class App(faust.App):
         self.background: set[asyncio.Future[Any]] = set()
         #: dead letters on their way
         self.letters: set[asyncio.Future[None]] = set()
+        self._letter_lock = asyncio.Lock()
         #: what agents under ``test_context`` sent, in order
         self.captured: list[Outgoing] = []
         self.testing = False
@@ -139,6 +140,39 @@ class App(faust.App):
         if self.testing:
             await self.capture(letters)
             return
+        # One after another: a letter that is refused must not be in a batch with somebody else's.
+        async with self._letter_lock:
+            if len(letters) > 1:
+                try:
+                    await self._until_written(letters, wanted)
+                except (MessageSizeTooLargeError, RecordListTooLargeError) as exc:
+                    self.log.debug("one of %d dead letters is too large for its topic: %s", len(letters), exc)
+                else:
+                    return
+            for letter in letters:
+                await self._until_written_or_cut(letter, wanted)
+
+    async def _until_written_or_cut(self, letter: Outgoing, wanted: Callable[[], bool]) -> None:
+        backoff = self.resilience.infrastructure_backoff()
+        while True:
+            try:
+                await self._until_written([letter], wanted)
+            except (MessageSizeTooLargeError, RecordListTooLargeError) as exc:
+                shorter = cut(letter)
+                if shorter == letter:
+                    self.fatal(
+                        Fatal(
+                            f"topic {letter[0]} takes no record of {len(letter[2] or b'')} bytes with the headers of a "
+                            f"dead letter ({exc}): raise its max.message.bytes"
+                        )
+                    )
+                    await self._again(exc, backoff)
+                letter = shorter
+            else:
+                return
+
+    async def _until_written(self, letters: list[Outgoing], wanted: Callable[[], bool]) -> None:
+        """Return once ``letters`` are acknowledged; raises when one of them is too large, or when nobody wants them."""
         backoff = self.resilience.infrastructure_backoff()
         while True:
             if self.should_stop or not wanted():
@@ -149,21 +183,8 @@ class App(faust.App):
                 for result in results:
                     if isinstance(result, BaseException):
                         raise result
-            except (MessageSizeTooLargeError, RecordListTooLargeError) as exc:
-                if len(letters) > 1:
-                    for letter in letters:
-                        await self._write_letters([letter], wanted)
-                    return
-                shorter = cut(letters[0])
-                if shorter == letters[0]:
-                    self.fatal(
-                        Fatal(
-                            f"topic {shorter[0]} takes no record of {len(shorter[2] or b'')} bytes with the headers "
-                            f"of a dead letter ({exc}): raise its max.message.bytes"
-                        )
-                    )
-                    await self._again(exc, backoff)
-                letters = [shorter]
+            except (MessageSizeTooLargeError, RecordListTooLargeError):
+                raise
             except Exception as exc:
                 if classify(exc) is FailureClass.FATAL:
                     self.fatal(exc)

@@ -19,6 +19,7 @@ from faust.transport.drivers import aiokafka as driver
 
 from streams.resilience.failures import Retryable
 from streams.resilience.options import ResilienceOptions
+from streams.resilience.sequence import SequencedProducer
 
 Headers = list[tuple[str, bytes]]
 #: One record to send: topic, key, value, headers (or None).
@@ -76,6 +77,10 @@ class Producer(driver.Producer):
     def usable(self) -> bool:
         """Tell whether the client works or is about to be connected; a fenced or failed one does not."""
         return self._producer is None or _usable(self._producer)
+
+    @property
+    def _producer_type(self) -> type[aiokafka.AIOKafkaProducer]:
+        return SequencedProducer
 
     def _settings_extra(self) -> Mapping[str, Any]:
         return {**super()._settings_extra(), **self.options.client, **self.options.producer}
@@ -285,6 +290,8 @@ def _usable(producer: aiokafka.AIOKafkaProducer) -> bool:
         and producer._sender.sender_task is not None
         and producer._sender.sender_task.done()
     ):
+        return False
+    if isinstance(producer, SequencedProducer) and producer.out_of_sequence is not None:
         return False
     return producer._message_accumulator._exception is None
 

@@ -60,6 +60,8 @@ class Settling:
         #: what the body has in hand, in the order in which it got it
         self.in_flight: dict[Event, None] = {}
         self._attempts: dict[tuple[TP, int], tuple[int, datetime]] = {}
+        #: deliveries whose outputs have to arrive before an event is tried alone: Kafka refuses batches, not records
+        self._ahead: set[Delivery] = set()
         self.redelivery: Redelivery[TP, Event] = Redelivery(
             lambda event: event.first_offset,
             lambda tp: self.app.consumer.hold(tp, self),
@@ -102,8 +104,15 @@ class Settling:
         ):
             self.app.on_guard()
         if self.redelivery:
+            if self.redelivery.alone is event:
+                self._ahead.add(event.message)
             self.redelivery.finished(event)
             self.wake()
+
+    def under_way(self) -> int:
+        """Return how much has to be finished before an event can be tried alone."""
+        self._ahead = {message for message in self._ahead if message.debts and message.ledger and message.ledger.live}
+        return len(self.in_flight) + len(self._ahead)
 
     def owe(self, future: Any) -> None:
         """Let every event that the body has in hand wait for ``future``."""
@@ -121,7 +130,11 @@ class Settling:
             event.value.pending = list(range(len(event.value.records)))
         event.message.forget_fates(event.offsets())
         event.message.incref()
-        self._settle_failure([event], exc)
+        if classify(exc) in _LETTER_KINDS and not event.alone:
+            # What was refused is a batch. It may be the record of another message that is too large.
+            self._hold(self._singles(self._renew(event)), 0.0, alone=True)
+        else:
+            self._settle_failure([event], exc)
 
     # -- failures ---------------------------------------------------------------------------------------------------
 
@@ -167,6 +180,8 @@ class Settling:
         for event in events:
             by_partition.setdefault(event.message.tp, []).append(event)
         due = time.monotonic() + delay
+        if alone:
+            self._ahead.update(message for message in self.app.consumer.busy if message.debts)
         for tp, group in by_partition.items():
             self.redelivery.hold(tp, group, due=due, alone=alone)
         self.wake()

@@ -31,6 +31,8 @@ from streams.resilience.topics import Event, RecordOf, Undecodable, current_stre
 from streams.resilience.transport import Delivery
 
 _NOTHING = object()
+#: How often it is looked whether what goes before an event that is tried alone has arrived; a rare moment.
+_LOOK_AGAIN_SECONDS = 0.01
 #: A body that never waits gives way to the rest of the loop after this many events.
 _EVENTS_PER_TURN = 50
 
@@ -233,8 +235,9 @@ class Stream(Settling, FaustStream[Any]):
         while True:
             due = None
             if self.redelivery:
-                found = self.redelivery.next(time.monotonic(), len(self.in_flight))
+                found = self.redelivery.next(time.monotonic(), self.under_way())
                 if isinstance(found, Event):
+                    found.alone = found is self.redelivery.alone
                     if not queue.empty():
                         # the channel's other streams (concurrency) may have slept through what we leave there
                         queue._wakeup_next(queue._getters)
@@ -242,7 +245,7 @@ class Stream(Settling, FaustStream[Any]):
                 if found is Turn.WAIT:
                     if in_batch:
                         return _NOTHING
-                    await self._wait(None, None)
+                    await self._wait(None, time.monotonic() + _LOOK_AGAIN_SECONDS)
                     continue
                 due = self.redelivery.due()
             if queue.empty():

@@ -41,6 +41,8 @@ class Event(FaustEvent):
     value: Any
     stream: Settling | None = None
     void = False
+    #: it was given while nothing else of its stream was under way: what fails then is its own
+    alone = False
 
     def ack(self) -> bool:
         """Acknowledge the event; a second time, or after it was delivered anew, changes nothing."""
