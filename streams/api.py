@@ -34,10 +34,13 @@ _store: ReadingStore | None = None
 class Refusal(Exception):
     """A request that cannot be carried out: ``pointer`` is the JSON pointer (or query parameter) to what is wrong."""
 
-    def __init__(self, message: str, pointer: str = "", status: int = 400) -> None:
+    def __init__(
+        self, message: str, pointer: str = "", status: int = 400, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.pointer = pointer
         self.status = status
+        self.headers = headers
 
 
 async def store() -> ReadingStore:
@@ -85,7 +88,7 @@ def endpoint(path: str, **methods: Handler) -> None:
         try:
             return await handler(request)
         except Refusal as exc:
-            return answer({"error": str(exc), "pointer": exc.pointer}, exc.status)
+            return answer({"error": str(exc), "pointer": exc.pointer}, exc.status, exc.headers)
         except Exception as exc:
             app.log.warning("%s %s failed: %r", request.method, request.path, exc)
             return answer({"error": f"{type(exc).__name__}: {describe(exc)}"}, 503, {"Retry-After": "5"})

@@ -172,6 +172,11 @@ class MqttSource:
             holder=self._presence.holder.instance,
         )
 
+    def can_publish(self) -> bool:
+        """Tell whether there is a connection to publish on just now."""
+        connection = self._presence.connection or (self._session.connection if self._session is not None else None)
+        return connection is not None and connection.is_open
+
     async def publish(self, topic: str, payload: bytes, qos: int = 1, *, retain: bool = False) -> int:
         """Publish a downlink; return once the broker has acknowledged it (QoS 0: once it is written).
 

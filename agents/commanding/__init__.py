@@ -1,0 +1,1 @@
+"""What the stage commands is made of."""
