@@ -17,6 +17,7 @@ from typing import Any
 from mode import Service
 
 from agents.edges.coap_arrivals import Arrival, Batch, Downlinks, Event
+from agents.edges.coap_dtls import DtlsListener
 from agents.edges.coap_requests import Judge
 from agents.edges.coap_security import Security, load_security
 from agents.edges.coap_server import CoapServer
@@ -200,6 +201,7 @@ class Listener(Service):
     """The CoAP server's life: as long as the stage's."""
 
     server: CoapServer | None = None
+    dtls: DtlsListener | None = None
 
     async def on_start(self) -> None:
         """Bind and serve; raises OSError, with the setting's name, where the address cannot be had."""
@@ -211,15 +213,18 @@ class Listener(Service):
             await server.start()
         except OSError as exc:
             raise OSError(f"COAP_BIND={settings.coap_bind}: {exc.strerror or exc}; choose another address") from exc
-        dtls = security().dtls_listener(settings.coap_dtls_bind, server.received)
-        if dtls is not None:
-            await dtls.start()
-        self.dtls = dtls
         Listener.server = server
+        bind = settings.coap_dtls_bind
+        self.dtls = security().listener(bind.host, bind.port, server.received)
+        if self.dtls is not None:
+            try:
+                await self.dtls.start()
+            except OSError as exc:
+                raise OSError(f"COAP_DTLS_BIND={bind}: {exc.strerror or exc}; choose another address") from exc
         coap.app.log.info(
             "CoAP on %s%s; messages of unknown devices: %s (UNKNOWN_DEVICES); devices with a key: %d",
             settings.coap_bind,
-            "" if dtls is None else f", coaps on {settings.coap_dtls_bind}",
+            "" if self.dtls is None else f", coaps on {bind}",
             settings.unknown_devices,
             len(security().devices),
         )
@@ -229,7 +234,7 @@ class Listener(Service):
         server, Listener.server = Listener.server, None
         if server is not None:
             await server.stop(coap.settings.drain_seconds)
-        if getattr(self, "dtls", None) is not None:
+        if self.dtls is not None:
             self.dtls.stop()
 
 

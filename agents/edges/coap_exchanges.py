@@ -63,6 +63,9 @@ class Peer:
         return mid
 
 
+Received = Callable[[bytes, Peer], None]
+
+
 class Exchange:
     """One request that is to be answered; ``protect`` makes of an answer what may go out over the network."""
 

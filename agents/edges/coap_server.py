@@ -289,6 +289,8 @@ class CoapServer:
             reply = driver.reply(uplink, now, None if pending is None else pending[0])
             if pending is not None and reply is not None and reply.carries is not None:
                 outcome = self._outcome(pending[1])
+                if self.downlinks is not None:
+                    self.downlinks.sent(pending[1])
         except Exception:
             # The message is safe, so the device is told so, if without what it would like to know.
             _log.exception("no reply for device %s on /%s", device_id, found.route)

@@ -10,17 +10,14 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import Callable
 from typing import Any, Final
 
-from agents.edges.coap_exchanges import Peer
+from agents.edges.coap_exchanges import Peer, Received
 
 BURST: Final = 64
 BUFFER_BYTES: Final = 4 * 1024 * 1024
 MAX_DATAGRAM_BYTES: Final = 65_535
 MAX_PEERS: Final = 50_000
-
-Received = Callable[[bytes, Peer], None]
 
 
 class UdpSocket:
