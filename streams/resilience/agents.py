@@ -63,7 +63,15 @@ class Agent(faust.Agent):
             else:
                 return
             stream = aref.stream.get_active_stream()
-            settled = stream.recover(failure)
+            try:
+                settled = stream.recover(failure)
+            except Exception as exc:
+                # Nothing is left in a state that nobody knows: what is not committed comes again after the restart.
+                self.log.exception("The failure of agent %s cannot be settled", self.name)
+                self.app.fatal(
+                    Fatal(f"the failure of agent {self.name} cannot be settled: {type(exc).__name__}: {exc}")
+                )
+                return
             self.app.on_agent_failure(self, failure)
             stream.rewind()
             idle_failures = 0 if settled else idle_failures + 1

@@ -79,9 +79,9 @@ class Chunk:
         where = f"{first.topic}[{first.partition}]@{first.offset}" if first is not None else "nowhere"
         return f"<Chunk of {len(self.records)} from {where}, {len(self.pending)} to do>"
 
-    def part(self, number: int) -> Chunk:
-        """Return a chunk of the one message ``number``, still to be handled."""
-        return Chunk([self.records[number]], self._decode, self.owner, self.delivery)
+    def part(self, numbers: Sequence[int]) -> Chunk:
+        """Return a chunk of the messages ``numbers``, still to be handled."""
+        return Chunk([self.records[number] for number in numbers], self._decode, self.owner, self.delivery)
 
     def copy(self) -> Chunk:
         """Return a chunk of the same records for another stream, none of them handled yet."""

@@ -52,22 +52,33 @@ def _rfc3339(moment: datetime) -> bytes:
 
 def describe(exc: BaseException) -> str:
     """Return the message of ``exc``, with that of its cause, on a bounded number of characters."""
-    text = str(exc) or "".join(traceback.format_exception_only(exc)).strip()
-    if exc.__cause__ is not None:
-        text = f"{text} (caused by {type(exc.__cause__).__name__}: {exc.__cause__})"
+    try:
+        text = str(exc) or "".join(traceback.format_exception_only(exc)).strip()
+        if exc.__cause__ is not None:
+            text = f"{text} (caused by {type(exc.__cause__).__name__}: {exc.__cause__})"
+    except Exception as broken:
+        # an exception that cannot even be printed must not keep its message from becoming a dead letter
+        text = f"{type(exc).__name__} without a message ({type(broken).__name__} while printing it)"
     return text[:MESSAGE_LIMIT_CHARACTERS]
+
+
+def _moment(milliseconds: int) -> datetime:
+    """Return a record's time; producers may write any 64-bit number, and most are in no year that can be written."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC)
+    except (ValueError, OverflowError, OSError):
+        return datetime.min.replace(tzinfo=UTC) if milliseconds < 0 else datetime.max.replace(tzinfo=UTC)
 
 
 def headers_of(record: Record, failure: Failure, *, stage: str, group: str) -> Headers:
     """Return the headers of the contract for ``record``; headers that the record had itself come first."""
-    moment = datetime.fromtimestamp((record.timestamp or 0) / 1000, UTC)
     headers: Headers = [(k, v) for k, v in (record.headers or ()) if not k.startswith("dlq-")]
     headers += [
         ("dlq-stage", stage.encode()),
         ("dlq-topic", record.topic.encode()),
         ("dlq-partition", str(record.partition).encode()),
         ("dlq-offset", str(record.offset).encode()),
-        ("dlq-timestamp", _rfc3339(moment)),
+        ("dlq-timestamp", _rfc3339(_moment(record.timestamp or 0))),
         ("dlq-group", group.encode()),
         ("dlq-class", failure.kind.encode()),
         ("dlq-exception", f"{type(failure.exception).__module__}.{type(failure.exception).__qualname__}".encode()),
@@ -77,7 +88,7 @@ def headers_of(record: Record, failure: Failure, *, stage: str, group: str) -> H
         ("dlq-last-failure", _rfc3339(failure.last_failure)),
     ]
     if failure.request_id is not None:
-        headers.append(("dlq-request-id", failure.request_id.encode()))
+        headers.append(("dlq-request-id", failure.request_id.encode("utf-8", "replace")))
     return headers
 
 

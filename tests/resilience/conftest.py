@@ -17,6 +17,8 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 
+from tools.stack import Stack
+
 ROOT = Path(__file__).resolve().parents[2]
 #: How long a test waits for what must happen; never for how fast.
 PATIENCE_SECONDS = 90.0
@@ -103,6 +105,17 @@ async def log(kafka: str) -> AsyncIterator[Log]:
     made.admin = await _admin(kafka)
     yield made
     await made.admin.close()
+
+
+@pytest.fixture(scope="session")
+def own_stack() -> Iterator[Stack]:
+    """A broker of this room's own, to kill and to start again."""
+    stack = Stack.temporary(parts={"kafka"})
+    try:
+        stack.start("kafka")
+        yield stack
+    finally:
+        stack.stop(discard=True)
 
 
 class SmallApp:

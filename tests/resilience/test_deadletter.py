@@ -82,6 +82,21 @@ def test_a_message_is_bounded_and_names_its_cause() -> None:
     assert header(surrogate, "dlq-message") == "?"
 
 
+def test_nothing_keeps_a_message_from_becoming_a_letter() -> None:
+    """An exception that cannot be printed, a record of any time: the headers are there all the same."""
+
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    record = Record("t", 0, b"")
+    for timestamp, expected in ((2**62, "9999-"), (-(2**62), "0001-"), (0, "1970-"), (-1, "1969-")):
+        record.timestamp = timestamp
+        headers = headers_of(record, failure(Unprintable()), stage="s", group="g")
+        assert (header(headers, "dlq-timestamp") or "").startswith(expected)
+        assert "Unprintable" in (header(headers, "dlq-message") or "")
+
+
 def test_a_value_too_large_is_cut_with_its_size_and_hash() -> None:
     """1,024 bytes stay; whoever has the original can tell that it is the one."""
     value = bytes(range(256)) * 40

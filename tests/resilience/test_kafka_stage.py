@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,17 +174,6 @@ async def test_a_revocation_in_the_middle_of_a_slow_handler(log: Log, tmp_path: 
         assert taken == sorted(taken), "order is kept where the partition went"
 
 
-@pytest.fixture(scope="module")
-def own_stack() -> Iterator[Stack]:
-    """A broker of this module's own, to kill and to start again."""
-    stack = Stack.temporary(parts={"kafka"})
-    try:
-        stack.start("kafka")
-        yield stack
-    finally:
-        stack.stop(discard=True)
-
-
 async def test_a_broker_that_is_killed_in_the_middle_costs_nothing(own_stack: Stack, tmp_path: Path) -> None:
     """Killed while messages go through and started again: the app lives, every message is forwarded, in order."""
     broker = own_stack.part("kafka")
@@ -284,3 +273,72 @@ async def test_an_output_that_the_broker_refuses_is_one_letter(log: Log, tmp_pat
     assert forwarded == [b"v0", b"v1", b"v3", b"v4", b"v5"]
     assert app.accounts.recreations == 0
     assert app.accounts.balance() == 0
+
+
+async def test_a_consumer_made_anew_in_the_middle_costs_nothing(log: Log, tmp_path: Path) -> None:
+    """The remedy of the health check while chunks are under way: every message is forwarded, in order."""
+    source, target, letters = await log.topic("in"), await log.topic("out"), await log.topic("errors")
+    app = stage(log.servers, f"{log.prefix}anew", tmp_path, letters, chunk_records=10)
+
+    async def handler(value: bytes, out: Out) -> None:
+        await asyncio.sleep(0.001)
+        out.send(target, value, "k")
+
+    @app.agent(app.chunk_topic(source, bytes))
+    async def work(stream: Any) -> None:
+        async for chunk in stream:
+            await chunk.each(handler)
+
+    await log.write(source, *numbered(500))
+    async with running(app):
+        await log.until(lambda: app.accounts.forwarded >= 50, "it is under way")
+        await app.consumer.recreate("a test wants it")
+        await app.producer.recreate("a test wants it, but it works")
+        await log.until_committed(app.conf.id, source, 500)
+        assert app.accounts.recreations == 1
+        assert app.accounts.balance() == 0
+    forwarded = [record.value for record in await log.read(target, 500)]
+    assert list(dict.fromkeys(forwarded)) == list(numbered(500))
+
+
+async def test_members_that_come_and_go_lose_nothing(log: Log, tmp_path: Path) -> None:
+    """A second worker joins and leaves three times while messages flow, some failing at first: each is forwarded."""
+    source = await log.topic("in", partitions=4)
+    target, letters = await log.topic("out"), await log.topic("errors")
+    group = f"{log.prefix}storm"
+    failed: set[bytes] = set()
+
+    async def handler(value: bytes, out: Out) -> None:
+        await asyncio.sleep(0.001)
+        if int(value[1:]) % 97 == 0 and value not in failed:
+            failed.add(value)
+            raise ConnectionResetError
+        out.send(target, value, "k")
+
+    def worker(name: str) -> App:
+        app = stage(log.servers, group, tmp_path / name, letters, chunk_records=25)
+
+        @app.agent(app.chunk_topic(source, bytes))
+        async def work(stream: Any) -> None:
+            async for chunk in stream:
+                await chunk.each(handler)
+
+        return app
+
+    values = list(numbered(1200))
+    apps = [worker("stays")]
+    async with running(apps[0]):
+        for turn in range(3):
+            for partition in range(4):
+                await log.write(source, *values[turn * 400 + partition : turn * 400 + 400 : 4], partition=partition)
+            apps.append(worker(f"guest{turn}"))
+            async with running(apps[-1]):
+                await log.until(lambda: apps[-1].assigned, "the guest has partitions")
+        for partition in range(4):
+            await log.until_committed(group, source, 300, partition)
+        assert all(app.accounts.balance() == 0 for app in apps)
+    forwarded = [record.value for record in await log.read(target, 1200)]
+    assert set(forwarded) == set(values)
+    for partition in range(4):
+        of_one = [value for value in dict.fromkeys(forwarded) if int(value[1:]) % 4 == partition]
+        assert of_one == [value for value in values if int(value[1:]) % 4 == partition]
