@@ -1,0 +1,1 @@
+"""The same six services with the class."""

@@ -1,0 +1,24 @@
+"""The latest order of each customer, in a cache, with the class."""
+
+import asyncio
+from typing import Any
+
+from streams.resilience import AsyncResilientKafkaConsumer
+
+
+async def run(sink: Any, topic: str, group: str, servers: str, stop: asyncio.Event) -> None:
+    """Work until ``stop``."""
+
+    latest: dict[bytes, Any] = {}
+
+    async def handle(message: Any) -> None:
+        await sink.write(message.value["n"])
+        latest[message.key] = message.value
+
+    consumer = AsyncResilientKafkaConsumer(
+        topic, group, servers, on_error_callback=sink.told, dead_letter_topic=f"{topic}-errors"
+    )
+    async with consumer:
+        task = asyncio.create_task(consumer.consume_messages(handle))
+        await stop.wait()
+    await task

@@ -1,0 +1,77 @@
+"""Orders to an archive in batches, with a polling loop written by hand."""
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError
+
+log = logging.getLogger("bench.services.before.archive")
+
+
+async def connect(topic: str, group: str, servers: str) -> AIOKafkaConsumer:
+    """Connect, again and again."""
+    delay = 1.0
+    while True:
+        consumer = AIOKafkaConsumer(
+            topic,
+            group_id=group,
+            bootstrap_servers=servers,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        )
+        try:
+            await consumer.start()
+        except (KafkaError, OSError) as error:
+            log.warning("kafka: cannot connect: %s", error)
+            await consumer.stop()
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 30.0)
+        else:
+            return consumer
+
+
+async def close(consumer: AIOKafkaConsumer) -> None:
+    """Close, whatever that raises."""
+    try:
+        await consumer.stop()
+    except (KafkaError, OSError) as error:
+        log.warning("kafka: cannot close: %s", error)
+
+
+async def handle(sink: Any, messages: list[Any]) -> None:
+    """Archive the orders of one partition."""
+    orders = []
+    for message in messages:
+        try:
+            orders.append(json.loads(message.value))
+        except ValueError as error:
+            log.warning("offset %d is no JSON: %s", message.offset, error)
+    for order in orders:
+        for _ in range(3):
+            try:
+                await sink.write(order["n"])
+                break
+            except ConnectionError as error:
+                log.warning("cannot archive: %s", error)
+                await asyncio.sleep(0.1)
+
+
+async def run(sink: Any, topic: str, group: str, servers: str, stop: asyncio.Event) -> None:
+    """Work until ``stop``."""
+    consumer = await connect(topic, group, servers)
+    while not stop.is_set():
+        try:
+            batches = await consumer.getmany(timeout_ms=1000)
+            for messages in batches.values():
+                await handle(sink, messages)
+            if batches:
+                await consumer.commit()
+        except (KafkaError, OSError) as error:
+            log.warning("kafka: %s", error)
+            await close(consumer)
+            await asyncio.sleep(1)
+            consumer = await connect(topic, group, servers)
+    await close(consumer)
