@@ -1,129 +1,47 @@
 """Alarms are raised and resolved.
 
 Consumes ``iot_validated_data`` (Reading), ``iot_alert_actions`` (AlertAction) and its own ticks; rules come from
-``config/alarms.yaml`` and ``iot_alarms``, devices from ``config/devices.yaml`` and ``iot_devices``. Produces ``iot_alerts``
-(Alert), key: device id. Table ``alarm_states``.
-Guarantee: transitions of one alarm alternate; a state is stored only after the alert that it caused is in Kafka, and the
-reading is committed after both, so a worker that is killed anywhere tells each transition at least once, with the same id.
-Retried: Kafka. Dead-lettered: ``poison`` what is no Reading. Dropped: nothing; a reading that no rule names counts as handled.
+``config/alarms.yaml`` and ``iot_alarms``, devices from ``config/devices.yaml`` and ``iot_devices``. Produces
+``iot_alerts`` (Alert), key: device id, and ``{APP_ID}-alarms-open``, compacted: what is open, for rules that depend on
+it in whatever partition. Table ``alarm_states``.
+Guarantee: transitions of one alarm alternate; a state is stored only after the alert that it caused is in Kafka, and
+the reading is committed after both, so a worker that is killed anywhere tells each transition at least once, with the
+same id. Retried: Kafka. Dead-lettered: ``poison`` what is no Reading. Dropped: nothing; a reading that no rule names
+counts as handled.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any, Final
 
-import msgspec
+from aiokafka.partitioner import DefaultPartitioner
 from mode import Service
 
-from devices.alarms import rules as alarm_rules
-from devices.alarms.buffer import StateBuffer
-from devices.alarms.engine import AlarmEngine
-from devices.alarms.model import AlarmRule, Alert, DeviceInfo
+from agents.watch.knowledge import Knowledge
+from agents.watch.partition import Partition
+from devices.alarms.model import Alert
 from devices.alarms.prepare import Limits
-from devices.registry import Registry
 from streams import topics
 from streams.feed import Feed
-from streams.messages import AlertAction, Device, Reading, encode
+from streams.messages import AlertAction, Reading, encode
 from streams.resilience.chunks import Out
-from streams.resilience.failures import Poison, Retryable
+from streams.resilience.failures import Retryable
+from streams.resilience.producer import Outgoing
 from streams.stage import Stage
-from tables.alarms import PartitionStates, declare
+from streams.ticks import TICK_SECONDS, Tick, reach, write_ticks
+from tables.alarms import LocalStates, declare, publish
 
 alarms = Stage("alarms")
 states = declare(alarms.app, alarms.settings)
-
-TICK_SECONDS = 1.0
-
-
-class Tick(msgspec.Struct):
-    """A moment, as a record of one partition: time passes where the states are."""
-
-    at: datetime
-    partition: int
-
-
 ticks = topics.ticks("alarms", Tick, topics.validated_data)
+open_alarms = topics.internal("alarms-open", Alert, "forever", compacted=True)
 
-
-class Knowledge:
-    """Rules and devices: the files, and the topics over them."""
-
-    def __init__(self) -> None:
-        folder = alarms.settings.config_path
-        self.registry = Registry.load(folder)
-        self.file_rules = {rule.id: rule for rule in alarm_rules.load(folder / "alarms.yaml")}
-        self.topic_rules: dict[str, AlarmRule | None] = {}
-        self.topic_devices: dict[str, Device] = {}
-        #: counts changes of rules, so that each partition notices when it is its turn
-        self.version = 0
-
-    def rules(self) -> list[AlarmRule]:
-        """Return all rules; one from the topic replaces that of the file with the same id, a tombstone gives it back."""
-        merged = dict(self.file_rules)
-        merged.update({name: rule for name, rule in self.topic_rules.items() if rule is not None})
-        return [rule for rule in merged.values() if rule.active]
-
-    def take_rule(self, key: str, rule: AlarmRule | None) -> None:
-        """Take a rule from the topic; raises ValueError for one that contradicts itself."""
-        if rule is not None:
-            faults = alarm_rules.check_rule(rule)
-            if faults:
-                raise ValueError("; ".join(fault.message for fault in faults))
-        self.topic_rules[key] = rule
-        self.version += 1
-
-    def take_device(self, key: str, device: Device | None) -> None:
-        """Take a device from the topic."""
-        if device is None:
-            self.topic_devices.pop(key, None)
-        else:
-            self.topic_devices[key] = device
-
-    def device(self, device_id: str) -> DeviceInfo | None:
-        """Return what is known of a device, None where only its messages tell."""
-        entry: Any = self.topic_devices.get(device_id) or self.registry.device(device_id)
-        if entry is None:
-            return None
-        return DeviceInfo(
-            device_id=device_id,
-            name=entry.name,
-            profile=entry.profile,
-            tags=tuple(entry.tags),
-            gateway=entry.config.get("gateway"),
-            active=entry.active,
-        )
-
-
-class Partition:
-    """The engine of one partition, its states, and the order in which they are stored."""
-
-    def __init__(self, number: int, knowledge: Knowledge) -> None:
-        self.number = number
-        self.knowledge = knowledge
-        self.version = knowledge.version
-        self.buffer = StateBuffer(PartitionStates(states, number))
-        self.engine = AlarmEngine(
-            self.buffer,
-            knowledge.rules(),
-            devices=knowledge.device,
-            limits=Limits(max_age_seconds=alarms.settings.alarm_max_age_seconds),
-        )
-        self.lock = asyncio.Lock()
-        self.rebuilt = False
-
-    def prepare(self, now: float) -> list[Alert]:
-        """Take up timers after a start, and rules that have changed; returns what that closes."""
-        found: list[Alert] = []
-        if not self.rebuilt:
-            found += self.engine.rebuild(now)
-            self.rebuilt = True
-        if self.version != self.knowledge.version:
-            self.version = self.knowledge.version
-            found += self.engine.set_rules(self.knowledge.rules(), now)
-        return found
+LIMITS: Final = Limits(max_age_seconds=alarms.settings.alarm_max_age_seconds)
 
 
 class Alarms:
@@ -132,34 +50,81 @@ class Alarms:
     def __init__(self, knowledge: Knowledge) -> None:
         self.knowledge = knowledge
         self.partitions: dict[int, Partition] = {}
+        self._locks: dict[int, asyncio.Lock] = {}
+        knowledge.on_device = self.device_changed
+        knowledge.on_alert = self.note
 
-    def partition(self, number: int) -> Partition:
-        """Return the engine of a partition, made when its first event comes."""
-        found = self.partitions.get(number)
-        if found is None:
-            found = self.partitions[number] = Partition(number, self.knowledge)
-        return found
+    @contextlib.asynccontextmanager
+    async def turn(self, chunk: Any) -> AsyncIterator[Partition]:
+        """Give the engine of a chunk's partition, to one body at a time; after a failure the next one begins anew."""
+        number = chunk.records[0].partition
+        async with self._locks.setdefault(number, asyncio.Lock()):
+            partition = self.partitions.get(number)
+            if partition is None:
+                partition = self.partitions[number] = Partition(
+                    number, self.knowledge, LocalStates(states, number), LIMITS, partition_of
+                )
+            try:
+                yield partition
+            except BaseException:
+                self.forget(number)
+                raise
 
     def forget(self, number: int) -> None:
         """Drop an engine whose states were not stored: the next event begins with those that were."""
         self.partitions.pop(number, None)
 
-    async def settle(self, partition: Partition, found: list[Alert]) -> None:
-        """Send alerts, wait until Kafka has them, then store the states."""
-        changes = partition.buffer.cut()
-        try:
-            if found:
-                await alarms.app.send_and_wait(
-                    [(topics.alerts.name, alert.device_id.encode(), encode(alert), None) for alert in found]
-                )
-            partition.buffer.flush(changes)
-        except BaseException:
-            self.forget(partition.number)
-            raise
+    def device_changed(self, device_id: str) -> None:
+        """Have the partition of a device look at it."""
+        partition = self.partitions.get(partition_of(device_id))
+        if partition is not None:
+            partition.changed.add(device_id)
+
+    def note(self, alert: Alert) -> None:
+        """Tell every engine of an alarm that is open, or over."""
         now = time.time()
+        for partition in self.partitions.values():
+            partition.engine.note(alert, now)
+
+    async def settle(self, partition: Partition, chunk: Any, found: list[Alert]) -> None:
+        """Send alerts, wait until Kafka has them, then store the states; nothing for a partition that is gone."""
+        changes = partition.buffer.cut()
+        if found and still_ours(chunk):
+            await alarms.app.send_and_wait(outgoing(found))
+        if still_ours(chunk):
+            await publish(alarms.app, states, partition.number, changes)
+        if not still_ours(chunk):
+            # Its next owner may have stored newer states already; the readings come again there.
+            self.forget(partition.number)
+            return
+        partition.buffer.flush(changes)
         for alert in found:
-            for other in self.partitions.values():
-                other.engine.note(alert, now)
+            self.note(alert)
+
+
+def outgoing(found: list[Alert]) -> list[Outgoing]:
+    """Return the records that tell of ``found``: each alert, and what is open for those who depend on it."""
+    records: list[Outgoing] = []
+    for alert in found:
+        records.append((topics.alerts.name, alert.device_id.encode(), encode(alert), None))
+        if alert.metadata.get("transition") in ("opened", "resolved"):
+            value = None if alert.is_resolved else encode(alert)
+            records.append((open_alarms.name, alert.id.encode(), value, None))
+    return records
+
+
+def still_ours(chunk: Any) -> bool:
+    """Tell whether the partition of ``chunk`` has not been revoked since it came."""
+    return chunk.event is None or bool(chunk.event.live)
+
+
+_partitioner = DefaultPartitioner()
+
+
+def partition_of(device_id: str) -> int:
+    """Return the partition in which the readings of a device are."""
+    numbers = range(alarms.app.conf.topic_partitions)
+    return int(_partitioner(device_id.encode(), numbers, numbers))
 
 
 _alarms: Alarms | None = None
@@ -170,11 +135,11 @@ def current() -> Alarms:
     """Return the alarms over the configured rules, loaded when they are first needed."""
     global _alarms
     if _alarms is None:
-        _alarms = Alarms(Knowledge())
+        _alarms = Alarms(Knowledge(alarms.settings.config_path))
     return _alarms
 
 
-@alarms.app.on_partitions_revoked.connect
+@alarms.app.on_partitions_revoked.connect  # type: ignore[arg-type]
 async def forget_engines(_app: Any, revoked: Any, **_: Any) -> None:
     """Drop the engines of partitions that are somebody else's now."""
     if _alarms is not None:
@@ -188,23 +153,16 @@ async def evaluate(stream: Any) -> None:
     watch = current()
     await FEEDS.ready()
     async for chunk in stream:
-        partition = watch.partition(chunk.records[0].partition)
-        async with partition.lock:
+        async with watch.turn(chunk) as partition:
             now = time.time()
             found = partition.prepare(now)
-            device = watch.knowledge.device
+            await chunk.each(partial(_count, partition, found, now))
+            await watch.settle(partition, chunk, found)
 
-            def count(
-                reading: Reading,
-                _out: Out,
-                partition: Partition = partition,
-                found: list[Alert] = found,
-                now: float = now,
-            ) -> None:
-                found.extend(partition.engine.process(reading, device(reading.device_id), now))
 
-            await chunk.each(count)
-            await watch.settle(partition, found)
+def _count(partition: Partition, found: list[Alert], now: float, reading: Reading, _out: Out) -> None:
+    """Let a reading count."""
+    found.extend(partition.count(reading, now))
 
 
 @alarms.agent(ticks, chunks=True, name="alarms-ticks")
@@ -213,28 +171,16 @@ async def pass_time(stream: Any) -> None:
     watch = current()
     await FEEDS.ready()
     async for chunk in stream:
-        partition = watch.partition(chunk.records[0].partition)
-        async with partition.lock:
+        async with watch.turn(chunk) as partition:
             now = time.time()
             found = partition.prepare(now)
-            if caught_up(partition.number):
-                found += partition.engine.tick(now)
+            found += partition.tick(now, reach(alarms.app, topics.validated_data, partition.number))
             await chunk.each(_nothing)
-            await watch.settle(partition, found)
+            await watch.settle(partition, chunk, found)
 
 
 def _nothing(_tick: Tick, _out: Out) -> None:
     """Count a tick as handled."""
-
-
-def caught_up(number: int) -> bool:
-    """Tell whether no reading of this partition waits: a silence is none while readings do."""
-    consumer = alarms.app.typed_consumer
-    if consumer is None:
-        return True
-    return not any(
-        lag for tp, lag in consumer.lags().items() if tp.topic == topics.validated_data.name and tp.partition == number
-    )
 
 
 @alarms.agent(topics.alert_actions, chunks=True, name="alarms-actions")
@@ -243,40 +189,32 @@ async def take_actions(stream: Any) -> None:
     watch = current()
     await FEEDS.ready()
     async for chunk in stream:
-        partition = watch.partition(chunk.records[0].partition)
-        async with partition.lock:
+        async with watch.turn(chunk) as partition:
             now = time.time()
             found = partition.prepare(now)
+            await chunk.each(partial(_act, partition, found, now))
+            await watch.settle(partition, chunk, found)
 
-            def act(
-                action: AlertAction,
-                _out: Out,
-                partition: Partition = partition,
-                found: list[Alert] = found,
-                now: float = now,
-            ) -> None:
-                if action.action != "ack":
-                    raise Poison(f"action {action.action!r} is not known")
-                found.extend(partition.engine.acknowledge(action.alert_id, now, action.user, action.comment))
 
-            await chunk.each(act)
-            await watch.settle(partition, found)
+def _act(partition: Partition, found: list[Alert], now: float, action: AlertAction, _out: Out) -> None:
+    """Take an acknowledgement."""
+    found.extend(partition.engine.acknowledge(action.alert_id, now, action.user, action.comment))
 
 
 class Feeds:
-    """Waits for the topics of rules and devices; under ``test_context`` there are none."""
+    """Waits for the topics of rules, devices and open alarms; under ``test_context`` there are none."""
 
-    rules: Feed | None = None
-    devices: Feed | None = None
+    def __init__(self) -> None:
+        self.all: list[Feed] = []
 
     async def ready(self) -> None:
-        """Return once rules and devices are complete."""
+        """Return once rules, devices and open alarms are complete."""
         if alarms.app.testing:
             return
-        while self.rules is None or self.devices is None:
+        while not self.all:
             await asyncio.sleep(0.05)
-        await self.rules.ready()
-        await self.devices.ready()
+        for feed in self.all:
+            await feed.ready()
 
 
 FEEDS = Feeds()
@@ -288,22 +226,24 @@ class Clock(Service):
     async def on_start(self) -> None:
         """Follow the topics."""
         knowledge = current().knowledge
-        settings = alarms.settings
-        FEEDS.rules = Feed(settings, topics.alarm_rules, knowledge.take_rule, beacon=self.beacon)
-        FEEDS.devices = Feed(settings, topics.devices, knowledge.take_device, beacon=self.beacon)
-        await self.add_runtime_dependency(FEEDS.rules)
-        await self.add_runtime_dependency(FEEDS.devices)
+        feeds = [
+            Feed(alarms.settings, declaration, take, beacon=self.beacon)
+            for declaration, take in (
+                (topics.alarm_rules, knowledge.take_rule),
+                (topics.devices, knowledge.take_device),
+                (open_alarms, knowledge.take_open),
+            )
+        ]
+        for feed in feeds:
+            await self.add_runtime_dependency(feed)
+        FEEDS.all = feeds
 
     @Service.task
     async def _tick(self) -> None:
         while not self.should_stop:
             await self.sleep(TICK_SECONDS)
-            mine = [tp.partition for tp in alarms.app.assigned or () if tp.topic == ticks.name]
-            now = datetime.now(UTC)
             try:
-                producer = await alarms.app.maybe_start_producer()
-                for number in mine:
-                    await producer.send(ticks.name, None, encode(Tick(now, number)), number, None, None)
+                await write_ticks(alarms.app, ticks)
             except Exception as exc:
                 self.log.info("No tick: %r; time counts from the next one", exc)
 
@@ -317,4 +257,4 @@ async def rules_known() -> None:
     try:
         await asyncio.wait_for(FEEDS.ready(), 1.0)
     except TimeoutError:
-        raise Retryable("the topics of rules and devices have not been read to their end yet") from None
+        raise Retryable("the topics of rules, devices and open alarms have not been read to their end yet") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
+
+from faust.types import TP
 
 from settings import Settings
 
@@ -28,6 +30,23 @@ def declare(app: Any, settings: Settings) -> Any:
         options=rocksdb_options(settings),
         help="One state per device, index, label and rule.",
     )
+
+
+async def publish(app: Any, table: Any, partition: int, changes: Mapping[str, bytes | None]) -> None:
+    """Write changes of one partition to the table's changelog, None for a row that goes; returns once Kafka has them.
+
+    Whole batches instead of Faust's record by record: a state changes with every reading. What the local store is to
+    hold is then written through :class:`LocalStates`.
+    """
+    if not changes or app.testing:
+        return
+    producer = await app.maybe_start_producer()
+    topic = table.changelog_topic.get_topic_name()
+    sent = await producer.send_to(topic, partition, [(key.encode(), value) for key, value in changes.items()])
+    for count, future in sent:
+        found = await future
+        # where a start with this folder has to read on; rows that are ahead of it are only written again
+        table.data.set_persisted_offset(TP(topic, partition), found.offset + count - 1)
 
 
 class PartitionStates(MutableMapping[str, bytes]):
@@ -72,3 +91,13 @@ class PartitionStates(MutableMapping[str, bytes]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self._pairs())
+
+
+class LocalStates(PartitionStates):
+    """The rows of one partition, whose changes are in the changelog already (:func:`publish`)."""
+
+    def __setitem__(self, key: str, value: bytes) -> None:
+        self.table.data[key.encode()] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.table.data[key.encode()]

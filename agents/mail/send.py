@@ -105,8 +105,13 @@ class SmtpSender:
     async def probe(self) -> None:
         """Connect, log in, ask for nothing. Raises what sending would."""
         async with self._turn:
-            client = await self._ready()
-            await client.noop()
+            try:
+                client = await self._ready()
+                await client.noop(timeout=self._timeout)
+            except BaseException:
+                self._drop()
+                raise
+            self._used = self._clock()
 
     async def send(self, message: Callable[[Sequence[str]], bytes], recipients: Sequence[str]) -> dict[str, Outcome]:
         """Send one mail in one transaction; returns the outcome of each recipient.

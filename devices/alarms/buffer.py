@@ -19,6 +19,20 @@ from typing import NewType
 Changes = NewType("Changes", dict[str, bytes | None])
 
 
+class _Nothing:
+    """Stands for a key that was not there."""
+
+
+_NOTHING = _Nothing()
+
+
+def _put_back(where: dict[str, bytes | None], key: str, before: bytes | _Nothing | None) -> None:
+    if isinstance(before, _Nothing):
+        where.pop(key, None)
+    else:
+        where[key] = before
+
+
 class StateBuffer(MutableMapping[str, bytes]):
     """A mapping over ``store`` whose writes wait for :meth:`cut` and :meth:`flush`. For one thread."""
 
@@ -28,10 +42,24 @@ class StateBuffer(MutableMapping[str, bytes]):
         self._changes: dict[str, bytes | None] = {}
         # How many batches that were cut and not flushed have a key.
         self._waiting: Counter[str] = Counter()
+        # What the keys written since the last mark had before.
+        self._undo: dict[str, tuple[bytes | _Nothing | None, bytes | _Nothing | None]] = {}
+
+    def mark(self) -> None:
+        """Begin something that :meth:`rollback` can undo, until the next mark or cut."""
+        self._undo.clear()
+
+    def rollback(self) -> None:
+        """Undo all writes since the last :meth:`mark`."""
+        for key, (ahead, change) in self._undo.items():
+            _put_back(self._ahead, key, ahead)
+            _put_back(self._changes, key, change)
+        self._undo.clear()
 
     def cut(self) -> Changes:
         """Return what has changed since the last call. Batches are flushed in the order in which they were cut."""
         changes, self._changes = self._changes, {}
+        self._undo.clear()
         self._waiting.update(changes.keys())
         return Changes(changes)
 
@@ -53,6 +81,7 @@ class StateBuffer(MutableMapping[str, bytes]):
         self._ahead.clear()
         self._changes.clear()
         self._waiting.clear()
+        self._undo.clear()
 
     def __getitem__(self, key: str) -> bytes:
         value = self._ahead[key] if key in self._ahead else self.store[key]
@@ -65,12 +94,18 @@ class StateBuffer(MutableMapping[str, bytes]):
         return self._ahead[key] if key in self._ahead else self.store.get(key, default)
 
     def __setitem__(self, key: str, value: bytes) -> None:
+        self._remember(key)
         self._ahead[key] = self._changes[key] = value
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
             raise KeyError(key)
+        self._remember(key)
         self._ahead[key] = self._changes[key] = None
+
+    def _remember(self, key: str) -> None:
+        if key not in self._undo:
+            self._undo[key] = (self._ahead.get(key, _NOTHING), self._changes.get(key, _NOTHING))
 
     def __contains__(self, key: object) -> bool:
         return self._ahead[key] is not None if key in self._ahead else key in self.store

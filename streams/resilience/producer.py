@@ -215,6 +215,24 @@ class Producer(driver.Producer):
         full += open_batches.items()
         return [await self._send_batch(producer, where, batch) for where, batch in full]
 
+    async def send_to(
+        self, topic: str, partition: int, records: Iterable[tuple[bytes, bytes | None]]
+    ) -> list[tuple[int, asyncio.Future[Any]]]:
+        """Hand keys and values to one partition as whole batches; returns how many each holds, and its future."""
+        producer = await self._ready()
+        batches = []
+        batch, count = producer.create_batch(), 0
+        for key, value in records:
+            if batch.append(key=key, value=value, timestamp=None) is None:
+                batches.append((count, batch))
+                batch, count = producer.create_batch(), 0
+                if batch.append(key=key, value=value, timestamp=None) is None:
+                    raise MessageSizeTooLargeError(f"a record of {len(value or b'')} bytes for {topic}")
+            count += 1
+        if count:
+            batches.append((count, batch))
+        return [(count, await self._send_batch(producer, (topic, partition), batch)) for count, batch in batches]
+
     async def _send_few(
         self, producer: aiokafka.AIOKafkaProducer, records: list[Outgoing]
     ) -> list[asyncio.Future[Any]]:

@@ -1,0 +1,1 @@
+"""What agents/alarms.py works with: what is known, and the engine of each partition."""
