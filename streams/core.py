@@ -21,7 +21,7 @@ from streams import metrics, topics
 from streams.events import EVENTS
 from streams.provision import TableNeeds, provision, table_partitions
 from streams.resilience.failures import Fatal
-from streams.resilience.health import HealthMonitor
+from streams.resilience.health import LOOK_UP_SECONDS, HealthMonitor
 from streams.resilience.watchdog import Culprits, Watchdog
 from streams.stage import REGISTERED, Stage, StageApp, StageBoot, faust_options, resilience_options
 
@@ -78,6 +78,31 @@ class Pipeline(Service):
     async def prepare_topics(self) -> None:
         """Create what is missing of the topics, also after a broker came back without them."""
         await provision(SETTINGS, topics.ALL, sleep=self.sleep, stop=lambda: self.should_stop)
+
+    async def missing_topics(self) -> list[str]:
+        """Return the declared topics that Kafka does not have; none while there is no client to ask with."""
+        for app in self.host.apps():
+            client = app.producer.client if app.started and app._producer is not None else None
+            if client is not None:
+                known = (await asyncio.wait_for(client.fetch_all_metadata(), LOOK_UP_SECONDS)).topics()
+                return [declared.name for declared in topics.ALL if declared.name not in known]
+        return []
+
+    @Service.task
+    async def _declare_again(self) -> None:
+        """Declare the topics that a broker has lost: no client of a worker that only produces would do so."""
+        while not self.should_stop:
+            await self.sleep(SETTINGS.health_interval_seconds)
+            if self.problem is not None:
+                continue
+            try:
+                missing = await self.missing_topics()
+                if missing:
+                    self.log.error("Kafka has no topic %s any more: declared again, empty", ", ".join(missing))
+                    await self.prepare_topics()
+            except Exception as exc:
+                # Kafka is away, or refuses: the stages say so, and this is tried again.
+                self.log.debug("Topics not looked up: %r", exc)
 
     async def _run(self) -> None:
         try:

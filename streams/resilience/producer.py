@@ -82,6 +82,12 @@ class Producer(driver.Producer):
     def _producer_type(self) -> type[aiokafka.AIOKafkaProducer]:
         return SequencedProducer
 
+    @property
+    def client(self) -> aiokafka.AIOKafkaClient | None:
+        """aiokafka's client of the present producer, None while there is none that works."""
+        producer = self._producer
+        return producer.client if producer is not None and _usable(producer) else None
+
     def _settings_extra(self) -> Mapping[str, Any]:
         return {**super()._settings_extra(), **self.options.client, **self.options.producer}
 

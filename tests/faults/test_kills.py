@@ -151,7 +151,7 @@ def test_two_workers_one_killed_or_started_every_two_seconds(
 ) -> None:
     """Workers come and go, politely and not: the ledger is clean and each device's order is kept."""
     rng = random.Random(seed)
-    rounds = 6 if short else 30
+    rounds = 4 if short else 30
     with realm(breakable, tmp_path, STAGES="normalizer,ingestor") as own:
         connector = own.worker("connector", STAGES="mqtt").start()
         workers = [own.worker(f"worker-{number}") for number in range(2)]
