@@ -10,6 +10,7 @@ Dead-lettered: ``poison`` what is no downlink. Dropped: nothing.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol
 
@@ -21,6 +22,7 @@ from streams.feed import Feed
 from streams.messages import CommandReport, DownlinkMessage, encode
 from streams.resilience.chunks import Out
 from streams.resilience.failures import Rejected, Retryable
+from streams.resilience.producer import Outgoing
 from streams.stage import Stage
 
 downlinks = Stage("mqtt-downlinks", part_of="mqtt", chunks_in_flight=1)
@@ -44,9 +46,10 @@ class Publisher(Protocol):
 
 
 class Sender:
-    """Publishes downlinks, and knows which have begun."""
+    """Publishes downlinks, and knows which have begun; ``write`` returns once Kafka has what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[list[Outgoing]], Awaitable[None]]) -> None:
+        self._write = write
         self.begun: dict[tuple[str, int], None] = {}
         self._done: dict[tuple[str, int], list[CommandReport]] = {}
 
@@ -77,9 +80,7 @@ class Sender:
             key = (message.request_id, message.attempt)
             if key in self.begun:
                 return [report(message, "SENT", "it may not have gone out, and it is not safe to send it twice")]
-            await downlinks.app.send_and_wait(
-                [(topics.downlinks_begun.name, message.device_id.encode(), encode(message), None)]
-            )
+            await self._write([(topics.downlinks_begun.name, message.device_id.encode(), encode(message), None)])
             self.note_begun("", message)
         try:
             reason = await source.publish(message.route, message.data, message.qos, retain=message.retain)
@@ -106,7 +107,7 @@ def report(
     )
 
 
-sender = Sender()
+sender = Sender(downlinks.app.send_and_wait)
 
 
 @downlinks.agent(topics.downlinks, chunks=True, name="mqtt-downlinks")

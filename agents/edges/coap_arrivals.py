@@ -27,10 +27,13 @@ Counting = Callable[[Event | str, int], None]
 
 
 class Downlinks(Protocol):
-    """What waits for devices. Both are called on the event loop and must not block."""
+    """What waits for devices. All are called on the event loop and must not block."""
 
     def pending_for(self, device_id: str) -> tuple[bytes, Any] | None:
         """Return payload and token of what goes into the answer to the device's request, None where nothing does."""
+
+    def sent(self, token: Any) -> None:
+        """Take note that an answer carries that payload."""
 
     def delivered(self, token: Any) -> None:
         """Take note that the device has acknowledged the answer with that payload."""
