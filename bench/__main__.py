@@ -16,6 +16,7 @@ OURS = {
 OTHERS = {
     "stores": "rows and readings a second into PostgreSQL and Valkey",
     "alarms": "what evaluating alarm rules costs",
+    "coap": "confirmed CoAP requests a second into Kafka",
 }
 DEFAULT = ("race", "rows")
 

@@ -15,6 +15,7 @@ import pytest
 from aiocoap.message import Message
 from aiocoap.numbers import codes
 
+from tests.agents.edges.coap import LossyThread
 from tests.faults.worker import realm
 from tools.simulator import Places, Plan
 from tools.simulator.evidence import records
@@ -103,4 +104,28 @@ def test_a_fleet_over_both_protocols_is_stored(stack: Stack, tmp_path: Path) -> 
         report = own.settle(fleet)
         assert report.clean, f"{report.text()}\n{worker.tail()}"
         assert report.acknowledged == report.stored == 600
+        assert worker.stop() == 0
+
+
+@pytest.mark.stack
+def test_a_lossy_network_and_a_killed_worker_lose_nothing(stack: Stack, tmp_path: Path) -> None:
+    """30 % of the datagrams are lost either way, and the worker is killed: each device gets its 2.xx, a row is once."""
+    address = free_address()
+    host, _, port = address.partition(":")
+    with (
+        LossyThread((host, int(port)), 0.3, seed=4) as network,
+        realm(stack, tmp_path, STAGES="coap,normalizer,ingestor", COAP_BIND=address) as own,
+    ):
+        worker = own.worker().start()
+        plan = Plan(devices=100, seed=11, rate=40, messages=150, coap=1.0)
+        fleet = own.fleet(plan, coap_url="coap://{}:{}".format(*network.address), drain_seconds=240)
+        fleet.start()
+        worker.wait(lambda: fleet.acknowledged > 40, "under load")
+        worker.kill()
+        worker.start()
+        assert fleet.join(240)
+        report = own.settle(fleet)
+        assert report.ok, f"{report.text()}\n{worker.tail()}"
+        assert report.acknowledged == report.stored == 150
+        assert network.lost > 60
         assert worker.stop() == 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,26 @@ def request(
     return message.encode()
 
 
+class LossyThread:
+    """A `Lossy` proxy with an event loop and a thread of its own, for clients that are no coroutines."""
+
+    def __init__(self, target: tuple[str, int], loss: float, seed: int) -> None:
+        self.network = Lossy(target, loss, seed)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lossy network", daemon=True)
+
+    def __enter__(self) -> Lossy:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self.network.open(), self._loop).result(10)
+        return self.network
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self.network.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
 class Lossy:
     """A UDP proxy that loses a share of the datagrams, either way; one socket for each client."""
 
@@ -202,6 +223,3 @@ async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
-
-
-Answer = Awaitable[Message]

@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,16 @@ class Waiting:
     def __init__(self, **payloads: bytes) -> None:
         self.payloads = payloads
         self.acknowledged: list[Any] = []
+        self.handed_out: list[Any] = []
 
     def pending_for(self, device_id: str) -> tuple[bytes, Any] | None:
         """Return what waits."""
         payload = self.payloads.get("device")
         return None if payload is None else (payload, f"token of {device_id}")
+
+    def sent(self, token: Any) -> None:
+        """Note that an answer carries it."""
+        self.handed_out.append(token)
 
     def delivered(self, token: Any) -> None:
         """Note a delivery."""
@@ -183,7 +189,7 @@ async def test_a_pending_command_goes_into_the_answer_and_is_delivered_when_that
         assert (await device.next()).code == codes.EMPTY
         answer = await device.next()
         assert (answer.mtype, answer.code) == (CON, codes.CREATED)
-        assert waiting.acknowledged == []
+        assert (len(waiting.handed_out), waiting.acknowledged) == (1, [])
         device.send(struct.pack("!BBH", 0x60, 0, answer.mid))
         await until(lambda: waiting.acknowledged)
         assert waiting.acknowledged == [f"token of {SERIAL.hex()}"]
@@ -263,6 +269,34 @@ async def test_non_is_answered_with_non() -> None:
         assert len(here.kafka.records) == 1
 
 
+async def test_thousands_of_requests_are_in_flight() -> None:
+    """3,000 confirmable requests of 20 devices wait for Kafka together; one answer and one record each."""
+    async with site() as here, AsyncExitStack() as stack:
+        here.kafka.working = False
+        devices = [await stack.enter_async_context(raw(here.server.address)) for _ in range(20)]
+        for number in range(150):
+            for which, device in enumerate(devices):
+                payload = b'{"n":%d}' % number
+                device.send(request(f"telemetry/many-{which}", payload, mid=number, token=b"%d" % number))
+            await until(lambda least=(number + 1) * 20: here.server.pending >= least)
+        assert here.server.pending == 3000
+        here.kafka.working = True
+        here.kafka.acknowledge()
+
+        async def answers(device: Any) -> set[bytes]:
+            tokens: set[bytes] = set()
+            while len(tokens) < 150:
+                answer = await device.next(30)
+                if answer.mtype == CON:
+                    device.send(struct.pack("!BBH", 0x60, 0, answer.mid))
+                if answer.code == codes.CHANGED:
+                    tokens.add(answer.token)
+            return tokens
+
+        await asyncio.gather(*(answers(device) for device in devices))
+        assert len({(a.device_id, a.payload) for a in here.kafka.records}) == len(here.kafka.records) == 3000
+
+
 async def test_each_device_is_in_order() -> None:
     """The arrivals of a device go to Kafka as they came, over many batches."""
     async with site() as here, raw(here.server.address) as device:
@@ -306,9 +340,9 @@ async def test_thirty_percent_loss_costs_no_message_and_no_copy() -> None:
 
 
 async def confirmed(device: Any, data: bytes, rng: random.Random) -> Any:
-    """Send a CON as RFC 7252 asks, but ten times as impatient and patient; return the answer's code."""
+    """Send a CON as RFC 7252 asks, but ten times as impatient, and more patient; return the answer's code."""
     wait = rng.uniform(0.2, 0.3)
-    for _ in range(12):
+    for _ in range(40):
         device.send(data)
         try:
             async with asyncio.timeout(wait):
