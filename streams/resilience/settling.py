@@ -42,6 +42,11 @@ class Owner:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Owner) and other.event is self.event
 
+    @property
+    def done(self) -> bool:
+        """Tell whether the body is done with the event."""
+        return self.event.acked
+
     def delivery_failed(self, exc: BaseException) -> None:
         """Have the event delivered again."""
         self.stream.delivery_failed(self.event, exc)
@@ -98,6 +103,8 @@ class Settling:
             if tried:
                 self._attempt_backoff.reset()
         self._retry_backoff.healthy()
+        if isinstance(event.message, Delivery):
+            self.app.consumer.settle_failures(event.message)
         if (
             self.app.guard.watching
             and not isinstance(event.value, Chunk)
@@ -122,15 +129,12 @@ class Settling:
                 self.app.consumer.owe(event.message, future, Owner(self, event))
 
     def delivery_failed(self, event: Event, exc: BaseException) -> None:
-        """Deliver ``event`` again: something that it sent has not arrived."""
-        if not event.live:
-            return
+        """Deliver ``event``, whose message has been given one reference more, again: what it sent has not arrived."""
         if isinstance(exc, asyncio.CancelledError):
             exc = Retryable("the producer was closed before Kafka acknowledged what was sent")
         if isinstance(event.value, Chunk):
             event.value.pending = list(range(len(event.value.records)))
         event.message.forget_fates(event.offsets())
-        event.message.incref()
         if classify(exc) in _LETTER_KINDS and not event.alone:
             # What was refused is a batch. It may be the record of another message that is too large.
             self._hold(self._parts(self._renew(event)), 0.0, alone=True)

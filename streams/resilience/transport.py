@@ -408,7 +408,12 @@ class Consumer(driver.Consumer):
         if exc is not None:
             message.failures = message.failures or {}
             message.failures[owner] = exc
-        if message.handled:
+        if message.handled or message.failures:
+            self._settle(message)
+
+    def settle_failures(self, message: Delivery) -> None:
+        """Look at what of ``message`` has not arrived; for an event that is acknowledged, others of it not yet."""
+        if message.failures:
             self._settle(message)
 
     def _settle(self, message: Delivery) -> None:
@@ -418,12 +423,9 @@ class Consumer(driver.Consumer):
         if span is None or ledger is None or span.complete:
             return
         if message.failures:
-            failures, message.failures = message.failures, None
-            message.handled = False
-            message.acked = False
-            self.busy.discard(message)
-            for owner, exc in failures.items():
-                owner.delivery_failed(exc)
+            self._deliver_again(message, ledger)
+            return
+        if not message.handled:
             return
         self.busy.discard(message)
         if ledger.live:
@@ -432,6 +434,24 @@ class Consumer(driver.Consumer):
             dropped = [reason for offset, reason in (message.dropped or {}).items() if offset not in dead]
             self.accounts.settle(span.count, Counter(dead.values()), Counter(dropped))
         self.wake_reader()
+
+    @staticmethod
+    def _deliver_again(message: Delivery, ledger: PartitionLedger) -> None:
+        """Have those events delivered again whose outputs have not arrived.
+
+        At once where the body is done with an event, so that it comes before what waits behind it; with the last
+        acknowledgement of the message where a body still has it, or has failed at it meanwhile.
+        """
+        failures = message.failures or {}
+        now = {owner: exc for owner, exc in failures.items() if message.handled or owner.done}
+        message.failures = {owner: exc for owner, exc in failures.items() if owner not in now} or None
+        if not ledger.live or not now:
+            return
+        # All references before the first event is settled: it may be acknowledged again before the second one is.
+        message.handled = message.acked = False
+        message.incref(len(now))
+        for owner, exc in now.items():
+            owner.delivery_failed(exc)
 
     # -- committing -------------------------------------------------------------------------------------------------
 

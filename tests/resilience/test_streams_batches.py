@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from aiokafka.errors import MessageSizeTooLargeError, RequestTimedOutError
 
 from streams.resilience.failures import Poison, Retryable
 from tests.resilience.harness import Rig, numbered
@@ -250,3 +251,71 @@ async def test_two_agents_on_one_topic_both_handle_every_message(shared: bool) -
     assert second == list(numbered(4))
     assert rig.app.accounts.forwarded == 4
     assert rig.balanced()
+
+
+async def test_two_agents_whose_outputs_both_fail_are_both_heard() -> None:
+    """One output can never be taken, the other one not now: a dead letter and a retry, and no commit before both."""
+    tries = 0
+    async with Rig() as rig:
+        topic = rig.topic("in")
+        first, second = rig.topic("first"), rig.topic("second")
+
+        @rig.app.agent(topic)
+        async def one(stream: Any) -> None:
+            async for value in stream:
+                await first.send(key=b"k", value=value)
+
+        @rig.app.agent(topic)
+        async def two(stream: Any) -> None:
+            nonlocal tries
+            async for value in stream:
+                tries += 1
+                await second.send(key=b"k", value=value)
+
+        def refuse(record: Any) -> BaseException | None:
+            if record[0] == "first":
+                return MessageSizeTooLargeError()
+            return RequestTimedOutError() if record[0] == "second" and tries < 5 else None
+
+        rig.producer.refuse = refuse
+        await rig.begin("in")
+        await rig.feed("in", 0, b"v0")
+        await rig.until(rig.letters)
+        assert rig.mark("in") is None
+        await rig.until(lambda: rig.mark("in") == 1)
+        assert tries == 5
+        assert len(rig.letters()) == 1
+        assert rig.balanced()
+
+
+async def test_what_is_taken_apart_keeps_its_order() -> None:
+    """An output that the broker refuses in the middle of a chunk: the others are written in the order of the log."""
+    async with Rig() as rig:
+
+        @rig.app.agent(rig.chunk_topic("in"))
+        async def work(stream: Any) -> None:
+            async for chunk in stream:
+                await chunk.each(lambda value, out: out.send("out", value))
+
+        async def send_many(records: Any) -> list[asyncio.Future[Any]]:
+            refused = any(value == b"v5" for topic, _, value, _ in records if topic == "out")
+            futures = []
+            for record in records:
+                future = asyncio.get_running_loop().create_future()
+                futures.append(future)
+                later = asyncio.get_running_loop().call_later
+                if refused:
+                    later(0.003, future.set_exception, MessageSizeTooLargeError())
+                else:
+                    written.append(record[2])
+                    later(0.003, future.set_result, None)
+            return futures
+
+        written: list[bytes | None] = []
+        rig.producer.send_many = send_many  # type: ignore[method-assign]
+        await rig.begin("in")
+        await rig.feed("in", 0, *numbered(12))
+        await rig.until(lambda: rig.mark("in") == 12)
+        assert [value for value in written if value != b"v5"] == [value for value in numbered(12) if value != b"v5"]
+        assert rig.app.accounts.dead_lettered == {"poison": 1}
+        assert rig.balanced()
