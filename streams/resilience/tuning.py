@@ -21,6 +21,7 @@ REQUEST_TIMEOUT_SECONDS: Final = 120.0
 MAX_POLL_INTERVAL_SECONDS: Final = 600.0
 RECONNECT_BACKOFF_MAX_SECONDS: Final = 64.0
 METADATA_MAX_AGE_SECONDS: Final = 60.0
+#: What all three clients have; the profile of the settings may choose what aiokafka alone is best at.
 COMPRESSION: Final = "lz4"
 LINGER_SECONDS: Final = 0.005
 MAX_BATCH_BYTES: Final = 256 * 1024

@@ -1,0 +1,50 @@
+"""What is stuck and what is not, as both the stages and the consumers are judged."""
+
+from __future__ import annotations
+
+from streams.resilience.commits import PartitionLedger
+from streams.resilience.judgement import Remedy, View, judge, view_partition
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """Return the seconds."""
+        return self.now
+
+
+def judged(ledger: PartitionLedger, now: float, changed: dict[str, float], *, end: int = 0) -> Remedy:
+    """Judge a consumer with the one partition, and nothing else wrong."""
+    view = View(
+        started_age=now,
+        rebalancing_age=None,
+        member=True,
+        partitions=(view_partition("t[0]", ledger, end, held=False, now=now, changed=changed),),
+        commit_age=0.0,
+        fetch_age=0.0,
+        fetch_failures=0,
+        producer_usable=True,
+        broker_reachable=True,
+    )
+    return judge(view, stuck_seconds=120, join_seconds=120).remedy
+
+
+def test_a_record_after_an_idle_hour() -> None:
+    """What comes in after an idle hour is not stuck for an hour; it is once nothing has moved for its own time."""
+    clock, changed = Clock(), dict[str, float]()
+    ledger = PartitionLedger(clock=clock)
+    assert judged(ledger, 0.0, changed) is Remedy.NONE
+    clock.now = 3600.0
+    span = ledger.deliver(0, 0, 1)
+    assert judged(ledger, clock.now, changed, end=1) is Remedy.NONE
+    assert judged(ledger, 3600.0 + 601, changed, end=1) is Remedy.END
+    assert span is not None
+    clock.now = 4300.0
+    ledger.complete(span)
+    assert judged(ledger, 4300.0, changed, end=1) is Remedy.NONE
+    assert judged(ledger, 9000.0, changed, end=2) is Remedy.NONE
+    assert judged(ledger, 9000.0 + 121, changed, end=2) is Remedy.RECREATE_CONSUMER
