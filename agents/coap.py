@@ -207,7 +207,7 @@ class Listener(Service):
         """Bind and serve; raises OSError, with the setting's name, where the address cannot be had."""
         settings = coap.settings
         if settings.unknown_devices == "reject":
-            await self.add_runtime_dependency(Feed(settings, topics.devices, configured))
+            await self.add_runtime_dependency(Feed(settings, topics.devices, configured, beacon=self.beacon))
         server = new_server()
         try:
             await server.start()

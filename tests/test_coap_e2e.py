@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiocoap
+import aiokafka
 import pytest
 from aiocoap.message import Message
 from aiocoap.numbers import codes
@@ -129,3 +130,53 @@ def test_a_lossy_network_and_a_killed_worker_lose_nothing(stack: Stack, tmp_path
         assert report.acknowledged == report.stored == 150
         assert network.lost > 60
         assert worker.stop() == 0
+
+
+@pytest.mark.stack
+def test_only_known_devices_and_right_keys_get_in(kafka: str, tmp_path: Path) -> None:
+    """UNKNOWN_DEVICES=reject follows the topic iot_devices; a device with an OSCORE key is not believed without it."""
+    address, name = free_address(), f"k{secrets.token_hex(4)}"
+    keys = tmp_path / "oscore.yaml"
+    keys.write_text(
+        "devices: [{device_id: safe-1, recipient_id: '01', master_secret: '0102030405060708090a0b0c0d0e0f10'}]"
+    )
+    env = {
+        "KAFKA_BOOTSTRAP_SERVERS": kafka,
+        "STAGES": "coap",
+        "COAP_BIND": address,
+        "COAP_OSCORE_KEYS": str(keys),
+        "UNKNOWN_DEVICES": "reject",
+        "APP_ID": name,
+        "TOPIC_PREFIX": f"{name}.",
+        "DATA_DIR": str(tmp_path / "data"),
+    }
+    worker = Worker(env, log=tmp_path / "worker.log").start()
+    try:
+        assert asyncio.run(post(address, "telemetry/new-1", b'{"n": 1}')).code == codes.FORBIDDEN
+        assert asyncio.run(post(address, "telemetry/safe-1", b'{"n": 1}')).code == codes.UNAUTHORIZED
+        asyncio.run(register(kafka, f"{name}.iot_devices", "new-1"))
+
+        def welcome() -> bool:
+            return asyncio.run(post(address, "telemetry/new-1", b'{"n": 2}')).code == codes.CHANGED
+
+        worker.wait(welcome, "following iot_devices")
+        dropped = {reason: worker.metric("headrace_dropped_total", stage="coap", reason=reason) for reason in REASONS}
+        assert dropped["unknown_device"] >= 1
+        assert dropped["not_secured"] == 1
+        assert "unknown devices: reject" in worker.log.read_text()
+        assert worker.stop() == 0
+    finally:
+        worker.stop()
+
+
+REASONS = ("unknown_device", "not_secured")
+
+
+async def register(servers: str, topic: str, device_id: str) -> None:
+    """Write a device to the topic of devices."""
+    producer = aiokafka.AIOKafkaProducer(bootstrap_servers=servers)
+    await producer.start()
+    try:
+        await producer.send_and_wait(topic, json.dumps({"device_id": device_id}).encode(), key=device_id.encode())
+    finally:
+        await producer.stop()
