@@ -34,7 +34,7 @@ from streams.resilience.failures import Retryable
 from streams.resilience.producer import Outgoing
 from streams.stage import Stage
 from streams.ticks import TICK_SECONDS, Tick, reach, write_ticks
-from tables.alarms import LocalStates, declare, publish
+from tables.alarms import LocalStates, declare, publish, reached
 
 alarms = Stage("alarms")
 states = declare(alarms.app, alarms.settings)
@@ -91,13 +91,13 @@ class Alarms:
         changes = partition.buffer.cut()
         if found and still_ours(chunk):
             await alarms.app.send_and_wait(outgoing(found))
-        if still_ours(chunk):
-            await publish(alarms.app, states, partition.number, changes)
+        last = await publish(alarms.app, states, partition.number, changes) if still_ours(chunk) else None
         if not still_ours(chunk):
             # Its next owner may have stored newer states already; the readings come again there.
             self.forget(partition.number)
             return
         partition.buffer.flush(changes)
+        reached(states, partition.number, last)
         for alert in found:
             self.note(alert)
 

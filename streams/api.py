@@ -199,6 +199,15 @@ async def alerts(request: web.Request) -> web.Response:
     return answer({"alerts": found})
 
 
+async def alert(request: web.Request) -> web.Response:
+    """``GET /api/v1/alerts/{id}``: one alert with its transitions, oldest first."""
+    alert_id = request.match_info["alert_id"]
+    found = await (await store()).alert(alert_id)
+    if found is None:
+        raise Refusal(f"alert {alert_id!r} is not known", status=404)
+    return answer(found)
+
+
 class Ack(msgspec.Struct, kw_only=True):
     """The body of an acknowledgement."""
 
@@ -263,5 +272,6 @@ endpoint("/api/v1/devices", GET=devices)
 endpoint("/api/v1/devices/{device_id}", GET=device)
 endpoint("/api/v1/devices/{device_id}/readings", GET=readings)
 endpoint("/api/v1/alerts", GET=alerts)
+endpoint("/api/v1/alerts/{alert_id}", GET=alert)
 endpoint("/api/v1/alerts/{alert_id}/ack", POST=acknowledge)
 endpoint("/api/v1/dead-letters", GET=dead_letters)

@@ -211,4 +211,5 @@ metrics.REGISTRY.register(metrics.StageCollector(app.apps))
 
 import streams.api  # noqa: E402
 import streams.api_commands  # noqa: E402
+import streams.dashboard  # noqa: E402
 import streams.web  # noqa: E402, F401  (add the pages to ``app``)

@@ -32,21 +32,29 @@ def declare(app: Any, settings: Settings) -> Any:
     )
 
 
-async def publish(app: Any, table: Any, partition: int, changes: Mapping[str, bytes | None]) -> None:
+async def publish(app: Any, table: Any, partition: int, changes: Mapping[str, bytes | None]) -> int | None:
     """Write changes of one partition to the table's changelog, None for a row that goes; returns once Kafka has them.
+
+    Returns the offset of the last one, for :func:`reached`.
 
     Whole batches instead of Faust's record by record: a state changes with every reading. What the local store is to
     hold is then written through :class:`LocalStates`.
     """
     if not changes or app.testing:
-        return
+        return None
     producer = await app.maybe_start_producer()
     topic = table.changelog_topic.get_topic_name()
     sent = await producer.send_to(topic, partition, [(key.encode(), value) for key, value in changes.items()])
+    last = 0
     for count, future in sent:
-        found = await future
-        # where a start with this folder has to read on; rows that are ahead of it are only written again
-        table.data.set_persisted_offset(TP(topic, partition), found.offset + count - 1)
+        last = (await future).offset + count - 1
+    return last
+
+
+def reached(table: Any, partition: int, offset: int | None) -> None:
+    """Note how far of its changelog the local store has, so that a start with this folder reads on from there."""
+    if offset is not None:
+        table.data.set_persisted_offset(TP(table.changelog_topic.get_topic_name(), partition), offset)
 
 
 class PartitionStates(MutableMapping[str, bytes]):

@@ -75,6 +75,7 @@ class Demo:
         self.watch: Watch | None = None
         self._mails_before = 0
         self._mails_told = 0
+        self._played = 0.0
 
     @property
     def elapsed(self) -> float:
@@ -144,6 +145,7 @@ class Demo:
         )
         before = 0
         while not self.ended.wait(1.0):
+            self._played = time.monotonic() - begun
             if self.seconds and time.monotonic() - begun >= self.seconds:
                 break
             if not self.worker.alive:
@@ -172,7 +174,7 @@ class Demo:
         print("demo: the fleet stops; waiting until everything has arrived", flush=True)
         self.fleet.stop()
         self.fleet.join(60)
-        self._tell_mails()
+        self._wait_for_all_clear()
         self.watch.stop()
         report = settle(self.fleet.book, Places.from_env(self.stack.env), patience_seconds=_SETTLE_SECONDS)
         print(f"demo: the ledger of run {report.run}\n{report.text()}", flush=True)
@@ -234,6 +236,19 @@ class Demo:
                 # Its servers are gone already, so that an orderly end would only wait for them.
                 processes.end(process, polite=signal.SIGTERM, patience_seconds=2)
 
+    def _wait_for_all_clear(self) -> None:
+        """Wait a bounded time for the mail that says that the hot device is well again, where it has been."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            self._tell_mails()
+            opened, resolved = (
+                sum(1 for mail in self._mails()[self._mails_before :] if transition_of(mail).endswith(kind))
+                for kind in ("-opened", "-resolved")
+            )
+            if opened <= resolved or self._played < PLAN.hot[1] or time.monotonic() > deadline:  # type: ignore[index]
+                return
+            time.sleep(0.5)
+
     def _mails(self) -> list[dict[str, Any]]:
         try:
             url = f"{self.stack.env['INBOX_URL']}/messages.json"
@@ -247,9 +262,16 @@ class Demo:
         mails = self._mails()
         for mail in mails[self._mails_told :][:5]:
             which = "first alarm mail" if self._mails_told == self._mails_before else "mail"
+            if transition_of(mail).endswith("-resolved"):
+                which = "resolved mail"
             self._report(f"{which} after {self.elapsed:.1f} s: {mail.get('subject')!r} to {mail.get('to')}")
             self._mails_told += 1
         self._mails_told = max(self._mails_told, len(mails))
+
+
+def transition_of(mail: dict[str, Any]) -> str:
+    """Return the transition that a mail of the inbox tells of, "" for a mail that is none of Headrace's."""
+    return str(dict(mail.get("headers", ())).get("X-Headrace-Transition", ""))
 
 
 def main() -> int:
