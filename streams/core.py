@@ -62,6 +62,8 @@ class Pipeline(Service):
             join_seconds=broker.session_timeout_seconds + broker.rebalance_timeout_seconds + 10.0,
             prepare=self.prepare_topics,
         )
+        #: the changelogs of the stages' tables: made before a stage starts, so that its consumer knows them at once
+        self.changelogs: list[topics.Declaration] = []
         self.culprits = Culprits(SETTINGS.data_dir / "culprits.json")
         super().__init__(**kwargs)
 
@@ -77,7 +79,8 @@ class Pipeline(Service):
 
     async def prepare_topics(self) -> None:
         """Create what is missing of the topics, also after a broker came back without them."""
-        await provision(SETTINGS, topics.ALL, sleep=self.sleep, stop=lambda: self.should_stop)
+        declared = [*topics.ALL, *self.changelogs]
+        await provision(SETTINGS, declared, sleep=self.sleep, stop=lambda: self.should_stop)
 
     async def missing_topics(self) -> list[str]:
         """Return the declared topics that Kafka does not have; none while there is no client to ask with."""
@@ -115,7 +118,11 @@ class Pipeline(Service):
             await self.prepare_topics()
             if self.should_stop:
                 return
-            counts = await table_partitions(SETTINGS, [needs for stage in stages if (needs := table_needs(stage))])
+            needs = [found for stage in stages if (found := table_needs(stage))]
+            counts = await table_partitions(SETTINGS, needs)
+            self.changelogs = [changelog for one in needs for changelog in changelog_topics(one)]
+            if self.changelogs:
+                await self.prepare_topics()
             for stage in stages:
                 if stage.name in counts:
                     stage.app.conf.topic_partitions = counts[stage.name]
@@ -154,6 +161,12 @@ def table_needs(stage: Stage) -> TableNeeds | None:
     if not changelogs:
         return None
     return TableNeeds(stage.name, [declared.name for declared in stage.consumes if not declared.compacted], changelogs)
+
+
+def changelog_topics(needs: TableNeeds) -> list[topics.Declaration]:
+    """Return the declarations of a stage's changelogs, with as many partitions as the topics that its tables follow."""
+    like = needs.sources[0] if needs.sources else None
+    return [topics.Declaration(name, name, None, "forever", compacted=True, like=like) for name in needs.changelogs]
 
 
 class HostApp(StageApp):

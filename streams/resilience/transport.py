@@ -35,7 +35,7 @@ from streams.resilience.producer import Producer
 
 #: How long a fetch waits for the first record. Short where a partition has no room just now: it may have it soon.
 FETCH_WAIT_SECONDS = 1.0
-FETCH_WAIT_CROWDED_SECONDS = 0.05
+FETCH_WAIT_CROWDED_SECONDS = 0.02
 #: How long a revocation, or the end, waits for the answer to its commit; the drain before it has a bound of its own.
 LAST_COMMIT_SECONDS = 5.0
 
@@ -98,6 +98,10 @@ class Consumer(driver.Consumer):
         self.last_failure: str | None = None
         self._room: asyncio.Event | None = None
         self._committing: asyncio.Lock | None = None
+
+    def topic_partitions(self, topic: str) -> int | None:
+        """Return how many partitions a topic has, None where the client has not seen it yet (0 to aiokafka)."""
+        return super().topic_partitions(topic) or None
 
     @property
     def options(self) -> ResilienceOptions:
