@@ -25,7 +25,7 @@ from tools.stack import Stack, StackError, processes
 from tools.stack.processes import ProcessId
 from tools.worker import Worker, WorkerError
 
-PLAN = Plan(devices=300, seed=1, rate=200.0, duplicates=0.02, poison=0.002, late=0.01, hot=(5.0, 25.0))
+PLAN = Plan(devices=300, seed=1, rate=200.0, duplicates=0.02, poison=0.002, late=0.01, hot=(5.0, 25.0), coap=0.3)
 _WORKER_FILE = "demo-worker.json"
 _SETTLE_SECONDS = 30.0
 
@@ -127,14 +127,20 @@ class Demo:
         assert self.worker is not None
         env = self.stack.env
         self._mails_before = self._mails_told = len(self._mails())
-        fleet = self.fleet = Fleet(PLAN, env["MQTT_URL"], ledger_path=self.folder / "ledger.jsonl", on_sent=self._sent)
+        fleet = self.fleet = Fleet(
+            PLAN,
+            env["MQTT_URL"],
+            ledger_path=self.folder / "ledger.jsonl",
+            on_sent=self._sent,
+            coap_url=f"coap://{env['COAP_BIND']}",
+        )
         fleet.start()
         watch = self.watch = Watch(fleet.book, Places.from_env(env), begun=self.begun, on_first=self._first)
         watch.start()
         begun = time.monotonic()
         self.screen.say(
-            f"demo: {PLAN.devices} devices send {PLAN.rate:.0f} messages/s, one of them runs hot from"
-            f" {timedelta(seconds=PLAN.hot[0])} to {timedelta(seconds=PLAN.hot[1])}; look at\n"  # type: ignore[index]
+            f"demo: {PLAN.devices} devices ({PLAN.coap:.0%} over CoAP) send {PLAN.rate:.0f} messages/s, one of them runs hot"
+            f" from {timedelta(seconds=PLAN.hot[0])} to {timedelta(seconds=PLAN.hot[1])}; look at\n"  # type: ignore[index]
             f"  dashboard   {self.worker.url}/\n"
             f"  health      {self.worker.url}/health/ready\n"
             f"  metrics     {self.worker.url}/metrics\n"
