@@ -43,7 +43,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """`faust -A streams worker` with settings of its own.
+    """`faust -A streams worker` (or another module's app, with `app`) with settings of its own.
 
     `env` holds settings; all others are unset, whatever the caller's environment says. `WEB_BIND` and `COAP_BIND` are
     free ports, chosen at each start, unless `env` names them. The log is appended to. `record(id)` is called with each
@@ -56,6 +56,7 @@ class Worker:
         *,
         log: Path,
         name: str = "worker",
+        app: str = "streams",
         log_level: str = "info",
         record: Callable[[ProcessId], None] = lambda _process: None,
     ) -> None:
@@ -63,6 +64,7 @@ class Worker:
         self.log = log
         self.name = name
         self.starts = 0
+        self._app = app
         self._log_level = log_level
         self._record = record
         self._child: subprocess.Popen[bytes] | None = None
@@ -113,7 +115,7 @@ class Worker:
             self._log_offset = output.tell()
             # A session of its own: Ctrl-C on the terminal is for the caller, who ends this process in order.
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "faust", "-A", "streams", "worker", "-l", self._log_level],
+                [sys.executable, "-m", "faust", "-A", self._app, "worker", "-l", self._log_level],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

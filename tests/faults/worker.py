@@ -62,11 +62,11 @@ class Realm:
         """Where to look for what became of messages."""
         return Places.from_env(self.env)
 
-    def worker(self, name: str = "worker", **settings: str) -> Worker:
+    def worker(self, name: str = "worker", *, app: str = "streams", **settings: str) -> Worker:
         """Return a worker, not started yet; a second one under another name has tables of its own."""
         folder = self.folder / "data" / name if self._workers else Path(self.env["DATA_DIR"])
         env = {**self.env, "DATA_DIR": str(folder), **self.over, **settings}
-        worker = Worker(env, log=self.folder / f"{name}.log", name=name)
+        worker = Worker(env, log=self.folder / f"{name}.log", name=name, app=app)
         self._workers.append(worker)
         return worker
 
