@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 from collections import deque
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         super().__init__(*args, **kwargs)
         #: what fetches brought and nobody has collected yet, with the generation of the group that it belongs to
         self._fetched: deque[tuple[int, TP, list[Any]]] = deque()
+        self._fetched_lock = threading.Lock()
 
     @property
     def options(self) -> ResilienceOptions:
@@ -156,17 +158,20 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             self._fetched.append((self.app.consumer_generation_id, TP(tp.topic, tp.partition), found))
 
     def _collect(self) -> Records:
+        if not self._fetched:
+            return {}
         collected: dict[TP, list[Any]] = {}
         waiting = []
-        while self._fetched:
-            generation, tp, records = self._fetched.popleft()
-            if generation != self.app.consumer_generation_id:
-                continue
-            if self.app.rebalancing and not self._is_changelog(tp):
-                waiting.append((generation, tp, records))
-            else:
-                collected.setdefault(tp, []).extend(records)
-        self._fetched.extendleft(reversed(waiting))
+        with self._fetched_lock:
+            while self._fetched:
+                generation, tp, records = self._fetched.popleft()
+                if generation != self.app.consumer_generation_id:
+                    continue
+                if self.app.rebalancing and not self._is_changelog(tp):
+                    waiting.append((generation, tp, records))
+                else:
+                    collected.setdefault(tp, []).extend(records)
+            self._fetched.extendleft(reversed(waiting))
         return collected
 
     def _is_changelog(self, tp: TP) -> bool:
@@ -197,13 +202,12 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         missing = [tp for tp, offset in committed.items() if offset is None]
         first = await consumer.beginning_offsets(missing) if missing and self._from_beginning else {}
         # One step, no await in it: what a fetch still brings of the old positions is given up together with them.
-        for tp, offset in committed.items():
-            position = first.get(tp) if offset is None else offset
-            if position is not None:
-                consumer.seek(tp, position)
-        for entry in list(self._fetched):
-            if not self._is_changelog(entry[1]):
-                self._fetched.remove(entry)
+        with self._fetched_lock:
+            for tp, offset in committed.items():
+                position = first.get(tp) if offset is None else offset
+                if position is not None:
+                    consumer.seek(tp, position)
+            self._fetched = deque(entry for entry in self._fetched if self._is_changelog(entry[1]))
         return {TP(tp.topic, tp.partition): offset for tp, offset in committed.items()}
 
     @property

@@ -222,7 +222,7 @@ async def test_an_app_started_without_a_broker_waits_for_it(own_stack: Stack, tm
     source, letters = await log.topic("in"), await log.topic("errors")
     await log.admin.close()
     await log.write(source, *numbered(3))
-    await asyncio.to_thread(broker.stop)
+    await asyncio.to_thread(broker.kill)
 
     def make(name: str, seen: Callable[[bytes], None]) -> App:
         app = stage(log.servers, f"{log.prefix}{name}", tmp_path / name, letters)

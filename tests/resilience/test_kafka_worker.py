@@ -39,7 +39,7 @@ async def test_a_worker_waits_for_its_broker_and_its_accounts_add_up(own_stack: 
     """Live and not ready while there is no broker; once there is one it works, and /metrics has the identity."""
     broker = own_stack.part("kafka")
     servers = own_stack.env["KAFKA_BOOTSTRAP_SERVERS"]
-    await asyncio.to_thread(broker.stop)
+    await asyncio.to_thread(broker.kill)
     env = {
         "KAFKA_BOOTSTRAP_SERVERS": servers,
         "BROKER_PROFILE": "fast",
