@@ -139,8 +139,8 @@ class Demo:
         watch.start()
         begun = time.monotonic()
         self.screen.say(
-            f"demo: {PLAN.devices} devices ({PLAN.coap:.0%} over CoAP) send {PLAN.rate:.0f} messages/s, one of them runs hot"
-            f" from {timedelta(seconds=PLAN.hot[0])} to {timedelta(seconds=PLAN.hot[1])}; look at\n"  # type: ignore[index]
+            f"demo: {PLAN.devices} devices ({PLAN.coap:.0%} over CoAP) send {PLAN.rate:.0f} messages/s, one runs"
+            f" hot from {timedelta(seconds=PLAN.hot[0])} to {timedelta(seconds=PLAN.hot[1])}; look at\n"  # type: ignore[index]
             f"  dashboard   {self.worker.url}/\n"
             f"  health      {self.worker.url}/health/ready\n"
             f"  metrics     {self.worker.url}/metrics\n"

@@ -81,7 +81,7 @@ async def site(registry: Registry = REGISTRY, **options: Any) -> AsyncIterator[S
         counts[event] += number
 
     options.setdefault("rng", random.Random(1))
-    server = CoapServer("127.0.0.1", 0, judge, deliver=kafka.take, count=count, **options)
+    server = CoapServer(options.pop("host", "127.0.0.1"), 0, judge, deliver=kafka.take, count=count, **options)
     await server.start()
     try:
         yield Site(server, kafka, counts)

@@ -308,6 +308,14 @@ async def test_each_device_is_in_order() -> None:
         assert [arrival.payload for arrival in here.kafka.records] == [b'{"n":%d}' % n for n in range(400)]
 
 
+async def test_ipv6_is_served() -> None:
+    """An address of IPv6 is bound, and named in brackets."""
+    async with site(host="::1") as here, raw(here.server.address) as device:
+        device.send(request("telemetry/six", JSON))
+        assert (await device.next()).code == codes.CHANGED
+        assert here.kafka.records[0].metadata["source"].startswith("[::1]:")
+
+
 async def test_unknown_devices_can_be_refused(client: aiocoap.Context) -> None:
     """UNKNOWN_DEVICES=reject: 4.03 to whom nobody has configured."""
     async with site(known={"mine"}.__contains__) as here:
