@@ -79,9 +79,9 @@ def current() -> Ingest:
     return _ingest
 
 
-@ingestor.agent(topics.validated_data, chunks=True, name="ingestor", concurrency=2)
+@ingestor.agent(topics.validated_data, chunks=True, name="ingestor", concurrency=4)
 async def ingest(stream: Any) -> None:
-    """Store the readings of each chunk. Two chunks at a time: rows have their own time, so order does not matter."""
+    """Store the readings of each chunk. Four chunks at a time: rows have their own time, so order does not matter."""
     write = current().write
     async for chunk in stream:
         await chunk.all(write)

@@ -9,6 +9,7 @@ per partition: a message that is to be tried again holds back those behind it.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -24,6 +25,11 @@ from streams.resilience.watchdog import AT_HAND, name_of
 
 #: Decodes the bytes of a record's value; raises for bytes that are no such message.
 Decode = Callable[[bytes], Any]
+#: After so many outputs or messages they are handed on and the event loop goes round: Kafka takes the first while the
+#: next are made, and a message that gives a thousand times its size is not multiplied by a chunk's length.
+SLICE_OUTPUTS = 1024
+SLICE_MESSAGES = 256
+
 #: Takes many messages at once; may return the bad ones as (position, exception).
 BulkHandler = Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]] | None]]
 
@@ -145,6 +151,12 @@ class Chunk:
             if out._drop is not None:
                 owner.dropped(record, out._drop, delivery)
                 out._drop = None
+            if len(outgoing) >= SLICE_OUTPUTS or position % SLICE_MESSAGES == SLICE_MESSAGES - 1:
+                at_hand.record = None
+                if not await owner.forward(self, outgoing, letters, pending[position + 1 :], None):
+                    return
+                outgoing, letters = [], []
+                await asyncio.sleep(0)
         at_hand.record = None
         await owner.forward(self, outgoing, letters, rest, failure)
 

@@ -8,11 +8,13 @@ buffer that tables write their changelogs through; whole batches can be sent wit
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import aiokafka
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, ProducerClosed
 from faust.transport import producer as faust_producer
 from faust.transport.drivers import aiokafka as driver
@@ -25,11 +27,33 @@ Headers = list[tuple[str, bytes]]
 #: One record to send: topic, key, value, headers (or None).
 Outgoing = tuple[str, bytes | None, bytes | None, Headers | None]
 
-#: Up to so many records go one by one: a connector's burst, a dead letter, an alert.
-FEW_RECORDS = 64
-
 #: Keys whose partition is remembered, per topic; murmur2 in Python costs more than the rest of appending a record.
-PARTITION_CACHE_KEYS = 100_000
+CACHED_KEYS = 100_000
+#: Batches that may wait for the sender, over all partitions of a topic: enough that it always finds one, and at 256 KiB
+#: each a bound on memory.
+QUEUED_BATCHES = 32
+_NO_HEADERS: Headers = []
+#: Between two warnings that a partition takes nothing.
+TELL_SECONDS = 30.0
+
+
+class Lanes:
+    """The partitions of one topic, and the one that each key goes to. ``room``: batches that may wait for each."""
+
+    __slots__ = ("by_key", "choices", "partitions", "room")
+
+    def __init__(self, topic: str, partitions: list[int]) -> None:
+        self.partitions = [TopicPartition(topic, number) for number in partitions]
+        self.choices = partitions
+        self.by_key: dict[bytes | None, TopicPartition] = {}
+        self.room = max(1, QUEUED_BATCHES // len(partitions))
+
+    def choose(self, key: bytes | None, partitioner: Any) -> TopicPartition:
+        """Return the partition of ``key``, one at random where there is none."""
+        chosen = self.partitions[self.choices.index(partitioner(key, self.choices, self.choices))]
+        if key is not None:
+            self.by_key[key] = chosen
+        return chosen
 
 
 class Buffer(faust_producer.ProducerBuffer):
@@ -61,8 +85,7 @@ class Producer(driver.Producer):
         buffer = Buffer(loop=self.loop, beacon=self.beacon)
         buffer.app = self.app
         self.buffer = buffer
-        self._partitions: dict[str, dict[bytes | None, int]] = {}
-        self._partition_counts: dict[str, int] = {}
+        self._topics: dict[str, Lanes] = {}
         self._recreating: asyncio.Lock = asyncio.Lock()
         self.recreations = 0
         self.last_failure: str | None = None
@@ -166,60 +189,84 @@ class Producer(driver.Producer):
         future: asyncio.Future[Any] = await producer.send(topic, value, key=key, headers=headers)
         return future
 
-    async def _partition_cache(
-        self, producer: aiokafka.AIOKafkaProducer, topic: str
-    ) -> tuple[dict[bytes | None, int], list[int]]:
+    async def _lanes(self, producer: aiokafka.AIOKafkaProducer, topic: str) -> Lanes:
         partitions = producer.client.cluster.partitions_for_topic(topic)
         if not partitions:
             partitions = await producer.partitions_for(topic)
-        count = len(partitions)
-        cache = self._partitions.get(topic)
-        if cache is None or self._partition_counts.get(topic) != count or len(cache) > PARTITION_CACHE_KEYS:
-            cache = self._partitions[topic] = {}
-            self._partition_counts[topic] = count
-        return cache, sorted(partitions)
+        lanes = self._topics.get(topic)
+        if lanes is None or len(lanes.partitions) != len(partitions) or len(lanes.by_key) > CACHED_KEYS:
+            lanes = self._topics[topic] = Lanes(topic, sorted(partitions))
+        return lanes
 
-    async def send_many(self, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:
-        """Hand records over as whole batches; each future resolves when Kafka has acknowledged its batch.
+    async def send_many(self, records: Sequence[Outgoing]) -> list[asyncio.Future[Any]]:
+        """Hand records over; each future resolves when Kafka has acknowledged a batch that some of them are in.
 
-        Order is kept per partition. Waits while the producer's queue for a partition is full, which is the
-        back-pressure of a slow broker. Raises ``MessageSizeTooLargeError`` before anything is sent when one record is
-        larger than a request may be.
+        What several calls send to a partition shares its batches: aiokafka has one request a broker under way, and a
+        request takes one batch of each partition, so that small batches of their own would queue up. Order is kept per
+        partition. Waits while the queue of a partition is full, which is the back-pressure of a slow broker. Raises
+        ``MessageSizeTooLargeError`` before anything is sent when one record is larger than a request may be.
         """
         producer = await self._ready()
-        limit = producer._max_request_size
-        records = records if isinstance(records, list) else list(records)
-        if len(records) <= FEW_RECORDS and sum(len(record[2] or b"") for record in records) < limit // 2:
-            return await self._send_few(producer, records)
-        topics: dict[str, tuple[dict[bytes | None, int], list[int]]] = {}
-        open_batches: dict[tuple[str, int], Any] = {}
-        full: list[tuple[tuple[str, int], Any]] = []
-        partitioner = producer._partitioner
+        self._refuse_oversize(records, producer._max_request_size)
+        accumulator = producer._message_accumulator
+        batches = accumulator._batches
+        futures: dict[asyncio.Future[Any], None] = {}
+        appended: dict[TopicPartition, Any] = {}
+        name, lanes = "", None
         for topic, key, value, headers in records:
-            found = topics.get(topic)
-            if found is None:
-                found = topics[topic] = await self._partition_cache(producer, topic)
-            cache, partitions = found
-            partition = cache.get(key) if key is not None else None
-            if partition is None:
-                partition = partitioner(key, partitions, partitions)
-                if key is not None:
-                    cache[key] = partition
-            where = (topic, partition)
-            batch = open_batches.get(where)
-            if batch is None:
-                batch = open_batches[where] = producer.create_batch()
-            if batch.append(key=key, value=value, timestamp=None, headers=headers or []) is None:
-                full.append((where, batch))
-                batch = open_batches[where] = producer.create_batch()
-                if batch.append(key=key, value=value, timestamp=None, headers=headers or []) is None:
-                    raise MessageSizeTooLargeError(f"a record of {len(value or b'')} bytes for {topic}")
+            if lanes is None or topic != name:
+                appended.clear()
+                name, lanes = topic, await self._lanes(producer, topic)
+            tp = lanes.by_key.get(key)
+            if tp is None:
+                tp = lanes.choose(key, producer._partitioner)
+            append = appended.get(tp)
+            if append is None or append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS) is None:
+                # A batch takes records until the sender takes it off this queue; no await may come between.
+                queue = batches.get(tp)
+                batch = queue[-1] if queue and append is None else None
+                append = None if batch is None else batch._builder.append
+                if (
+                    append is None
+                    or append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS) is None
+                ):
+                    if queue and len(queue) >= lanes.room:
+                        appended.clear()
+                        await self._wait_for_room(producer, tp, lanes.room)
+                    batch = accumulator._append_batch(accumulator.create_builder(), tp)
+                    append = batch._builder.append
+                    append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS)
+                appended[tp] = append
+                futures[batch.future] = None
+        # The futures are shared: what cancels its wait must not cancel the others'.
+        return [asyncio.shield(future) for future in futures]
+
+    @staticmethod
+    def _refuse_oversize(records: Sequence[Outgoing], limit: int) -> None:
+        for topic, _, value, _ in records:
             if value is not None and len(value) > limit:
                 raise MessageSizeTooLargeError(
                     f"a record of {len(value)} bytes for {topic} is larger than max_request_size={limit}"
                 )
-        full += open_batches.items()
-        return [await self._send_batch(producer, where, batch) for where, batch in full]
+
+    async def _wait_for_room(self, producer: aiokafka.AIOKafkaProducer, tp: TopicPartition, room: int) -> None:
+        accumulator = producer._message_accumulator
+        started = told = time.monotonic()
+        while True:
+            if accumulator._closed:
+                raise ProducerClosed
+            if accumulator._exception is not None:
+                raise copy.copy(accumulator._exception)
+            queue = accumulator._batches.get(tp)
+            if not queue or len(queue) < room:
+                return
+            await queue[0].wait_drain(timeout=1.0)
+            now = time.monotonic()
+            if now - told >= TELL_SECONDS:
+                told = now
+                self.log.warning(
+                    "Kafka has not taken a batch for %s[%d] for %.0f s", tp.topic, tp.partition, now - started
+                )
 
     async def send_to(
         self, topic: str, partition: int, records: Iterable[tuple[bytes, bytes | None]]
@@ -238,31 +285,6 @@ class Producer(driver.Producer):
         if count:
             batches.append((count, batch))
         return [(count, await self._send_batch(producer, (topic, partition), batch)) for count, batch in batches]
-
-    async def _send_few(
-        self, producer: aiokafka.AIOKafkaProducer, records: list[Outgoing]
-    ) -> list[asyncio.Future[Any]]:
-        """Send record by record: they join the batch that is being filled, where a batch of their own would wait for
-        it.
-        """
-        futures = []
-        for topic, key, value, headers in records:
-            cache, partitions = await self._partition_cache(producer, topic)
-            partition = cache.get(key) if key is not None else None
-            if partition is None:
-                partition = producer._partitioner(key, partitions, partitions)
-                if key is not None:
-                    cache[key] = partition
-            while True:
-                try:
-                    futures.append(await producer.send(topic, value, key=key, headers=headers, partition=partition))
-                except KafkaTimeoutError:
-                    # nothing of this record was taken; see _send_batch
-                    if not _usable(producer) or self.should_stop:
-                        raise
-                else:
-                    break
-        return futures
 
     async def _send_batch(
         self, producer: aiokafka.AIOKafkaProducer, where: tuple[str, int], batch: Any

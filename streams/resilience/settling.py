@@ -266,10 +266,11 @@ class Settling:
         letters: list[Outgoing],
         rest: list[int],
         failure: BaseException | None,
-    ) -> None:
+    ) -> bool:
         """Send what came of ``chunk``; ``rest``, its messages still to do, comes again after ``failure``.
 
-        Raises what Kafka says to a record that it can never take; the chunk then is as it was before.
+        Returns whether the chunk still counts here. Raises what Kafka says to a record that it can never take; the
+        chunk then is as it was before.
         """
         event, delivery = chunk.event, chunk.delivery
         if self.app.guard.watching:
@@ -279,10 +280,10 @@ class Settling:
             chunk.pending = rest
             if failure is not None:
                 raise failure
-            return
+            return True
         if event.void or not event.live:
             # It comes anew where its partition is now, and there its outputs count.
-            return
+            return False
         if outgoing:
             futures = await self.app.send_outgoing(self.app.producer, outgoing)
             owner = Owner(self, event)
@@ -296,6 +297,7 @@ class Settling:
             if kind is FailureClass.FATAL:
                 self.app.fatal(failure)
             self._hold([self._renew(event)], self._delay(failure, kind))
+        return not event.void
 
     def _tell_guard(self, chunk: Chunk, letters: list[Outgoing], rest: list[int]) -> None:
         held = set(rest)

@@ -27,6 +27,7 @@ class FakeOwner:
         self.letters: list[Any] = []
         self.failure: BaseException | None = None
         self.refuse: BaseException | None = None
+        self.holds = True
 
     def judge(self, record: Any, exc: BaseException, delivery: Any) -> Any:  # noqa: ARG002
         self.judged.append(record.offset)
@@ -37,12 +38,13 @@ class FakeOwner:
     def dropped(self, record: Any, reason: str, delivery: Any) -> None:  # noqa: ARG002
         self.drops.append((record.offset, reason))
 
-    async def forward(self, chunk: Chunk, outgoing: Any, letters: Any, rest: list[int], failure: Any) -> None:
+    async def forward(self, chunk: Chunk, outgoing: Any, letters: Any, rest: list[int], failure: Any) -> bool:
         if self.refuse is not None:
             raise self.refuse
         self.outgoing += outgoing
         self.letters += letters
         chunk.pending, self.failure = rest, failure
+        return self.holds
 
 
 def chunk_of(*values: bytes | None, decode: Any = bytes) -> tuple[Chunk, FakeOwner]:
@@ -70,6 +72,15 @@ async def test_each_sends_what_every_message_gives() -> None:
         ("out", b"key", b'{"v":"b"}', [("h", b"1")]),
     ]
     assert not chunk.pending
+
+
+async def test_a_chunk_that_was_given_away_is_left() -> None:
+    """What comes of a long chunk is handed on bit by bit; once its partition is somebody else's, the rest is let be."""
+    chunk, owner = chunk_of(*numbered(1000))
+    owner.holds = False
+    await chunk.each(echo)
+    assert 0 < len(owner.outgoing) < 1000
+    assert len(chunk.pending) == 1000 - len(owner.outgoing)
 
 
 async def test_one_bad_among_many() -> None:
