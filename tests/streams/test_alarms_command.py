@@ -22,6 +22,8 @@ HISTORY = """time,value,unit
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     monkeypatch.setenv("CONFIG_PATH", str(ROOT / "config"))
+    # the settings may have been read already, with the default, which is relative
+    (tmp_path / "config").symlink_to(ROOT / "config")
     (tmp_path / "history.csv").write_text(HISTORY, encoding="utf-8")
     (tmp_path / "odd.csv").write_text("when,what\n1,2\n")
     monkeypatch.chdir(tmp_path)
