@@ -212,11 +212,12 @@ class Producer(driver.Producer):
         batches = accumulator._batches
         futures: dict[asyncio.Future[Any], None] = {}
         appended: dict[TopicPartition, Any] = {}
-        name, lanes = "", None
+        known: dict[str, Lanes] = {}
         for topic, key, value, headers in records:
-            if lanes is None or topic != name:
+            lanes = known.get(topic)
+            if lanes is None:
                 appended.clear()
-                name, lanes = topic, await self._lanes(producer, topic)
+                lanes = known[topic] = await self._lanes(producer, topic)
             tp = lanes.by_key.get(key)
             if tp is None:
                 tp = lanes.choose(key, producer._partitioner)
@@ -224,12 +225,12 @@ class Producer(driver.Producer):
             if append is None or append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS) is None:
                 # A batch takes records until the sender takes it off this queue; no await may come between.
                 queue = batches.get(tp)
-                batch = queue[-1] if queue and append is None else None
-                append = None if batch is None else batch._builder.append
-                if (
-                    append is None
-                    or append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS) is None
-                ):
+                batch: Any = queue[-1] if queue and append is None else None
+                if batch is not None:
+                    append = batch._builder.append
+                    if append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS) is None:
+                        batch = None
+                if batch is None:
                     if queue and len(queue) >= lanes.room:
                         appended.clear()
                         await self._wait_for_room(producer, tp, lanes.room)
