@@ -15,13 +15,15 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
+from zoneinfo import ZoneInfo
 
 from mode import Service
 
+from agents.mail.chart import draw
 from agents.mail.delivery import NO_HISTORY, Delivery, Refusal
 from agents.mail.ratelimit import HeldBack, RateLimiter
 from agents.mail.render import History, Renderer
@@ -46,6 +48,8 @@ ticks = topics.ticks("mailer", Tick, topics.alerts)
 
 FORGET_SECONDS: Final = 3600.0
 CHART_READINGS: Final = 60
+# More alerts than this at once: mails without charts.
+CROWD: Final = 20
 # A server that has just taken a mail, or answered, is not asked again for so long.
 PROBE_SECONDS: Final = 10.0
 #: Header of a dead letter: the recipient that it is about. A replay of the letter tells that one again, nobody else.
@@ -114,9 +118,12 @@ class Box:
     """The alerts of one partition on their way: who has been told, and what waits."""
 
     def __init__(self, post: Post, number: int) -> None:
-        self.rows = Rows(sent_table, number), Rows(held_table, number)
+        self.rows = Rows(mailer.app, sent_table, number), Rows(mailer.app, held_table, number)
         sent, held = self.rows
         self.number = number
+        self.post = post
+        #: how many alerts came together with the one that is being told
+        self.crowd = 0
         self.forgotten_at = float("-inf")
         #: what is being told: its bytes and where they were, for dead letters
         self.record: Any = None
@@ -128,8 +135,12 @@ class Box:
             HeldBack(held, mailer.settings.mail_digest_seconds),
             Moments(sent),
             self.refuse,
-            history=post.history,
+            history=self.history,
         )
+
+    async def history(self, alert: Alert) -> History:
+        """Return what the chart shows; in a storm the news goes out first, and drawing takes longer than mailing."""
+        return NO_HISTORY if self.crowd > CROWD else await self.post.history(alert)
 
     async def tell(self, alert: Alert, out: Out) -> None:
         """Tell everybody whom the alert names; raises Retryable while somebody is still to be told."""
@@ -213,6 +224,7 @@ class Boxes:
             box = self.boxes.get(number)
             if box is None:
                 box = self.boxes[number] = Box(self.post, number)
+            box.crowd = len(chunk)
             handler = what(box)
 
             async def handle(message: Any, out: Out) -> None:
@@ -279,6 +291,16 @@ class Clock(Service):
     async def on_stop(self) -> None:
         """Close connections."""
         await BOXES.stop()
+
+    @Service.task
+    async def _warm_up(self) -> None:
+        # The first chart loads its library, which takes a second: not when somebody waits for a mail.
+        moment = datetime.now(UTC)
+        points = [(moment, 0.0), (moment + timedelta(seconds=1), 1.0)]
+        try:
+            await asyncio.to_thread(draw, points, None, "", ZoneInfo("UTC"))
+        except Exception as exc:
+            self.log.warning("Mails have no charts: %r", exc)
 
     @Service.task
     async def _tick(self) -> None:

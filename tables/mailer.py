@@ -6,13 +6,12 @@ known before the next one goes.
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Final
 
 from settings import Settings
-from tables.alarms import PartitionStates, rocksdb_options
+from tables.alarms import LocalStates, publish, reached, rocksdb_options
 
 _SECONDS: Final = struct.Struct("<d")
 
@@ -26,30 +25,31 @@ def declare(app: Any, settings: Settings) -> tuple[Any, Any]:
     )
 
 
-class Rows(PartitionStates):
+class Rows(LocalStates):
     """The rows of one partition, as text to bytes."""
 
-    def __init__(self, table: Any, partition: int) -> None:
+    def __init__(self, app: Any, table: Any, partition: int) -> None:
         super().__init__(table, partition)
-        self._pending: list[asyncio.Future[Any]] = []
+        self.app = app
+        self._changes: dict[str, bytes | None] = {}
 
     def __setitem__(self, key: str, value: bytes) -> None:
-        self._changed(key, value)
-        self.table.data[key.encode()] = value
+        super().__setitem__(key, value)
+        self._changes[key] = value
 
     def __delitem__(self, key: str) -> None:
-        self._changed(key, None)
-        del self.table.data[key.encode()]
-
-    def _changed(self, key: str, value: bytes | None) -> None:
-        raw = key.encode()
-        self._pending.append(self.table.send_changelog(self.table.partition_for_key(raw), raw, value, "raw", "raw"))
+        super().__delitem__(key)
+        self._changes[key] = None
 
     async def settled(self) -> None:
-        """Wait until Kafka has every change; raises what it says to one that it has not taken."""
-        pending, self._pending = self._pending, []
-        if pending:
-            await asyncio.gather(*pending)
+        """Write every change to the changelog and wait; what Kafka does not take is written by the next call."""
+        changes = dict(self._changes)
+        if changes:
+            last = await publish(self.app, self.table, self.partition, changes)
+            reached(self.table, self.partition, last)
+            for key, value in changes.items():
+                if self._changes.get(key, value) == value:
+                    self._changes.pop(key, None)
 
 
 class Moments(MutableMapping[str, float]):

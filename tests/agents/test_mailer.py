@@ -40,7 +40,7 @@ class Desk:
         self.server = server
         self.tables = {id(mailer.sent_table): Mapping(), id(mailer.held_table): Mapping()}
         self._patch = monkeypatch
-        monkeypatch.setattr(mailer, "Rows", lambda table, _number: self.tables[id(table)])
+        monkeypatch.setattr(mailer, "Rows", lambda _app, table, _number: self.tables[id(table)])
         self.set(smtp_url=server.url, database_url="influx://token@127.0.0.1:1/o/b", mail_digest_seconds=1.0)
 
     def set(self, **settings: Any) -> None:

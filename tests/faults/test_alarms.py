@@ -43,7 +43,7 @@ alarms:
 class Storm(threading.Thread):
     """Devices whose readings go over the threshold and back, again and again, straight to ``iot_validated_data``."""
 
-    def __init__(self, own: Realm, *, every_seconds: float = 1.5) -> None:
+    def __init__(self, own: Realm, *, every_seconds: float = 2.0) -> None:
         super().__init__(daemon=True)
         self.own = own
         self.cycles = 0
@@ -166,7 +166,8 @@ def test_a_storm_with_a_worker_killed_again_and_again(breakable: Stack, tmp_path
             worker.kill()
             worker.start()
         cycles = storm.end()
-        wait_for("every transition is mailed", lambda: distinct(own) >= 2 * cycles * DEVICES)
+        everything = 2 * cycles * DEVICES
+        wait_for("every transition is mailed", lambda: distinct(own) >= everything, 2 * LIVENESS_SECONDS)
         told = mails(own)
         counts = Counter(told)
         assert len(counts) == 2 * cycles * DEVICES
@@ -203,7 +204,7 @@ def test_the_mail_server_away_under_load(breakable: Stack, tmp_path: Path, short
         worker = own.worker().start()
         fleet = own.fleet(Plan(seconds=away_seconds + 20, rate=100))
         fleet.start()
-        storm = Storm(own, every_seconds=2.0)
+        storm = Storm(own, every_seconds=3.0)
         storm.start()
         wait_for("a first mail", lambda: distinct(own))
 
@@ -221,7 +222,8 @@ def test_the_mail_server_away_under_load(breakable: Stack, tmp_path: Path, short
         assert worker.alive
         smtp.start()
         cycles = storm.end()
-        wait_for("every transition is mailed", lambda: distinct(own) >= 2 * cycles * DEVICES)
+        everything = 2 * cycles * DEVICES
+        wait_for("every transition is mailed", lambda: distinct(own) >= everything, 2 * LIVENESS_SECONDS)
         told = mails(own)
         assert len(told) - len(set(told)) <= 1
         check_order(told)
