@@ -323,7 +323,7 @@ class Efento(Device):
         """Return the next message; a device that is asked more than once a second lets its clock run ahead."""
         seq = self.take_seq()
         self._last = max(self._last + 1, int(at.timestamp()))
-        message = MEASUREMENTS(
+        message: Any = MEASUREMENTS(
             serial_num=bytes.fromhex(self.device_id),
             battery_status=self.rng.random() < 0.95,
             measurement_period_base=60,
