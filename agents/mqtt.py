@@ -4,8 +4,8 @@ Consumes what the broker delivers (QoS 1), produces ``iot_raw_data`` (RawMessage
 Guarantee: PUBACK in order of arrival, and only after Kafka has acknowledged the record; while Kafka cannot, nothing is
 acknowledged, and the broker keeps what does not fit the window of ``MQTT_INFLIGHT``. A message that no profile matches
 goes to ``iot_raw_data`` all the same.
-Retried: Kafka, for ever. Dead-lettered: a message above ``MAX_MESSAGE_BYTES`` (class ``rejected``: size, hash and first KiB).
-Dropped: nothing; messages of QoS 0 beyond 10,000 in hand, which carry no promise.
+Retried: Kafka, for ever. Dead-lettered: a message above ``MAX_MESSAGE_BYTES`` (class ``rejected``: size, hash and
+first KiB). Dropped: nothing; messages of QoS 0 beyond 10,000 in hand, which carry no promise.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Intake:
         record = RefusedArrival(arrival, device_id)
         error = Rejected(refusal(arrival, self.settings.max_message_bytes))
         failure = Failure("rejected", error, 1, now, now)
+        mqtt.app.on_dead_letter(record, failure)
         headers = headers_of(record, failure, stage="mqtt", group=mqtt.app.conf.id)
         headers += [
             ("dlq-truncated", b"1"),
@@ -101,7 +102,9 @@ def intake() -> Intake:
 
 
 async def hand_over(batch: Batch) -> None:
-    """Give a batch's records to Kafka; the broker is told once all are acknowledged, or that it is to send them again."""
+    """Give a batch's records to Kafka; the broker is told once all are acknowledged, or that it is to send them
+    again.
+    """
     try:
         futures = await mqtt.app.send_outgoing(mqtt.app.producer, intake().records(batch.messages))
     except Exception as exc:
@@ -118,6 +121,11 @@ async def hand_over(batch: Batch) -> None:
     def settled(done: asyncio.Future[Any]) -> None:
         failure = asyncio.CancelledError() if done.cancelled() else done.exception()
         if failure is None:
+            refused = sum(message.oversize for message in batch.messages)
+            if refused:
+                # the acknowledgement, which follows, counts every message of the batch as forwarded
+                mqtt.app.accounts.dead_lettered["rejected"] += refused
+                mqtt.app.accounts.forwarded -= refused
             batch.acknowledge()
         else:
             mqtt.app.log.warning(
