@@ -32,6 +32,10 @@ Records = Mapping[TP, list[Any]]
 #: Seconds between two signs of life to aiokafka's poll-interval check.
 IDLE_GUARD_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
+#: What is taken of one partition at once, about; more than a chunk of usual records.
+TAKEN_BYTES = 4 * 1024 * 1024
+#: For how large a record is taken before one was seen.
+FIRST_RECORD_BYTES = 16 * 1024
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
@@ -46,6 +50,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         super().__init__(*args, **kwargs)
         #: what fetches brought and nobody has collected yet, with the generation of the group that it belongs to
         self._fetched: deque[tuple[int, TP, list[Any]]] = deque()
+        self._record_bytes: dict[str, int] = {}
         self._fetched_lock = threading.Lock()
 
     @property
@@ -151,11 +156,28 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             return
         fetcher: Any = self._ensure_consumer()._fetcher
         with fetcher._subscriptions.fetch_context():
-            records: Records = await fetcher.fetched_records(partitions, timeout=timeout)
+            # Partition by partition: aiokafka's own bound on records would empty the first and starve the others, and
+            # without one a fetch that is small on the wire is unpacked as a whole, fifty times its size.
+            taken = 0
+            for tp in [tp for tp in fetcher._records if tp in partitions]:
+                taken += await self._take(fetcher, {tp}, 0.0, self._bound(tp.topic))
+            if not taken:
+                await self._take(fetcher, partitions, timeout, min(self._bound(tp.topic) for tp in partitions))
+
+    async def _take(self, fetcher: Any, partitions: set[TP], timeout: float, bound: int) -> int:
+        records: Records = await fetcher.fetched_records(partitions, timeout=timeout, max_records=bound)
         # aiokafka's position is past these records now. They are handed over here and not as a result, because nobody
         # hears a result that comes after the call has timed out.
         for tp, found in records.items():
             self._fetched.append((self.app.consumer_generation_id, TP(tp.topic, tp.partition), found))
+            size = sum(record.serialized_key_size + record.serialized_value_size for record in found)
+            self._record_bytes[tp.topic] = size // len(found) + 1
+        return len(records)
+
+    def _bound(self, topic: str) -> int:
+        """Return how many records of one partition are taken at once, by the size of those of ``topic`` so far."""
+        seen = self._record_bytes.get(topic, FIRST_RECORD_BYTES)
+        return max(1, min(self.options.chunk_records, TAKEN_BYTES // seen))
 
     def _collect(self) -> Records:
         if not self._fetched:

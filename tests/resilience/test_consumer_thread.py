@@ -57,11 +57,35 @@ class FakeConsumer:
 
         return contextlib.nullcontext()
 
-    async def fetched_records(self, partitions: Any, timeout: float) -> dict[TopicPartition, list[str]]:  # noqa: ARG002
+    @property
+    def _records(self) -> dict[TopicPartition, list[str]]:
+        return self.records
+
+    async def fetched_records(
+        self,
+        partitions: Any,
+        timeout: float,  # noqa: ARG002
+        max_records: int,
+    ) -> dict[TopicPartition, list[Entry]]:
         while not self.slow.is_set():
             await asyncio.sleep(0.001)
-        found, self.records = self.records, {}
+        found: dict[TopicPartition, list[Entry]] = {}
+        for tp in [tp for tp in self.records if tp in partitions]:
+            found[tp], rest = [Entry(text) for text in self.records[tp][:max_records]], self.records[tp][max_records:]
+            self.records = {other: kept for other, kept in self.records.items() if other != tp} | (
+                {tp: rest} if rest else {}
+            )
+            max_records -= len(found[tp])
+            if not max_records:
+                break
         return found
+
+
+class Entry(str):
+    """A record of 8 KiB."""
+
+    __slots__ = ()
+    serialized_key_size, serialized_value_size = 0, 8192
 
 
 @pytest.fixture
@@ -85,6 +109,7 @@ def thread() -> Iterator[Any]:
         _consumer=FakeConsumer(),
         _fetched=deque(),
         _fetched_lock=threading.Lock(),
+        _record_bytes={},
         consumer=SimpleNamespace(flow_active=True),
         log=logging.getLogger("test"),
     )
@@ -124,6 +149,16 @@ async def test_a_commit_that_fails_is_told_and_ends_nothing(thread: Any, answer:
     assert await thread.commit_offsets({TP("in", 0): 5})
 
 
+async def test_a_large_fetch_is_taken_bit_by_bit(thread: Any) -> None:
+    """Of each partition as much as is bounded in bytes, none of them starved; the rest stays with aiokafka."""
+    thread._consumer.records = {P0: ["a"] * 1000, P1: ["b"] * 1000}
+    taken = [await thread.fetch({P0, P1}, 1.0) for _ in range(2)]
+    first, second = ({tp: len(found) for tp, found in records.items()} for records in taken)
+    assert first.keys() == second.keys() == {P0, P1}
+    assert all(0 < count < 512 for count in (*first.values(), *second.values()))
+    assert thread._consumer.records.keys() <= {P0, P1}
+
+
 async def test_records_of_a_fetch_that_nobody_waited_for_are_not_lost(thread: Any) -> None:
     """aiokafka's position is past them: the next fetch brings them, once."""
     thread._consumer.records = {P0: ["a", "b"]}
@@ -148,7 +183,7 @@ async def test_while_the_group_rebalances_only_changelogs_are_handed_over(thread
     """What was read of other topics waits for the end of the rebalance."""
     thread.app.rebalancing = True
     thread._consumer.records = {P0: ["a"], LOG: ["row"]}
-    assert await thread.fetch({TP("in", 0)}, 0.0) == {TP("changelog", 0): ["row"]}
+    assert await thread.fetch({TP("in", 0), TP("changelog", 0)}, 0.0) == {TP("changelog", 0): ["row"]}
     thread.app.rebalancing = False
     assert await thread.fetch({TP("in", 0)}, 0.0) == {TP("in", 0): ["a"]}
 
