@@ -261,7 +261,8 @@ class Profile:
         ``units`` and ``display_names`` have the length of ``labels``; where the driver has none, the unit is empty
         and the name is the label.
         """
-        key = (index, tuple(labels), None if units is None else tuple(units), category)
+        names = None if display_names is None else tuple(display_names)
+        key = (index, tuple(labels), names, None if units is None else tuple(units), category, persist, trusted)
         found = self._by_labels.get(key)
         if found is not None:
             return found
@@ -319,7 +320,7 @@ class Profile:
         shape = self._shapes.get(id(labels))
         if shape is not None and shape.index == index:
             return shape
-        return self._by_labels.get((index, tuple(labels), None, None)) or self._build(index, labels)
+        return self._by_labels.get((index, tuple(labels), None, None, None, True, False)) or self._build(index, labels)
 
     def overridden(self, config: Mapping[str, Any]) -> Profile:
         """Return this profile with a device's overrides (``category``, ``options``, ``values`` as in a profile

@@ -7,7 +7,7 @@ import pytest
 
 from devices.configfile import ConfigErrors
 from devices.pipeline import Refused, read
-from devices.profiles import MAX_CACHED, Match, compile_profile
+from devices.profiles import MAX_CACHED, Match, Profile, compile_profile
 from devices.registry import DeviceEntry, Registry, driver_class
 from devices.testing import uplink
 
@@ -297,3 +297,11 @@ def test_every_registered_driver_declares_itself() -> None:
         assert set(driver.traits) == set(driver.commands)
         for command in (*driver.commands.values(), driver.options):
             Draft202012Validator.check_schema(command)
+
+
+def test_the_same_labels_of_other_channels_keep_their_names() -> None:
+    """Two devices whose values have the same labels, from other channels, each keep their display names."""
+    profile = Profile("p", "fluxor")
+    one = profile.shape("T", ["T_int", "T_ext"], display_names=["CH1", "CH4"], units=["°C", "°C"])
+    other = profile.shape("T", ["T_int", "T_ext"], display_names=["CH1", "CH2"], units=["°C", "°C"])
+    assert (one.display_names, other.display_names) == (["CH1", "CH4"], ["CH1", "CH2"])
