@@ -385,7 +385,10 @@ class BrokerProfile:
         ("0.005", "0.002"), _seconds(0, 5), "How long a batch waits for more records before it is sent."
     )
     max_batch_bytes: int = _both(
-        ("256KiB", "256KiB"), _size(16 * KIB, 16 * MIB), "Largest batch of one partition in one produce request."
+        ("1MiB", "1MiB"),
+        _size(16 * KIB, 16 * MIB),
+        "Largest batch of one partition in one produce request, before compression; one request per broker is under "
+        "way. Not above the topics' max.message.bytes, of which 1 MiB is Kafka's default.",
     )
     fetch_max_wait_seconds: float = _both(
         ("0.1", "0.05"),

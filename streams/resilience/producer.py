@@ -29,9 +29,8 @@ Outgoing = tuple[str, bytes | None, bytes | None, Headers | None]
 
 #: Keys whose partition is remembered, per topic; murmur2 in Python costs more than the rest of appending a record.
 CACHED_KEYS = 100_000
-#: Batches that may wait for the sender, over all partitions of a topic: enough that it always finds one, and at 256 KiB
-#: each a bound on memory.
-QUEUED_BATCHES = 32
+#: Bytes of batches that may wait for the sender, over all partitions of a topic: enough that it always finds some.
+QUEUED_BYTES = 8 * 1024 * 1024
 _NO_HEADERS: Headers = []
 #: Between two warnings that a partition takes nothing.
 TELL_SECONDS = 30.0
@@ -42,11 +41,11 @@ class Lanes:
 
     __slots__ = ("by_key", "choices", "partitions", "room")
 
-    def __init__(self, topic: str, partitions: list[int]) -> None:
+    def __init__(self, topic: str, partitions: list[int], batch_bytes: int) -> None:
         self.partitions = [TopicPartition(topic, number) for number in partitions]
         self.choices = partitions
         self.by_key: dict[bytes | None, TopicPartition] = {}
-        self.room = max(1, QUEUED_BATCHES // len(partitions))
+        self.room = max(1, QUEUED_BYTES // batch_bytes // len(partitions))
 
     def choose(self, key: bytes | None, partitioner: Any) -> TopicPartition:
         """Return the partition of ``key``, one at random where there is none."""
@@ -195,7 +194,7 @@ class Producer(driver.Producer):
             partitions = await producer.partitions_for(topic)
         lanes = self._topics.get(topic)
         if lanes is None or len(lanes.partitions) != len(partitions) or len(lanes.by_key) > CACHED_KEYS:
-            lanes = self._topics[topic] = Lanes(topic, sorted(partitions))
+            lanes = self._topics[topic] = Lanes(topic, sorted(partitions), producer._message_accumulator._batch_size)
         return lanes
 
     async def send_many(self, records: Sequence[Outgoing]) -> list[asyncio.Future[Any]]:
