@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError
 from aiokafka.partitioner import DefaultPartitioner
 
 from bench.work import PARTITIONS
@@ -112,6 +113,9 @@ class Broker:
             await admin.start()
             try:
                 found = await admin.list_consumer_group_offsets(group)
+            except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
+                # the first group of a new broker: the topic that keeps offsets is being made
+                found = {}
             finally:
                 await admin.close()
             offsets = {tp.partition: meta.offset for tp, meta in found.items() if tp.topic == topic}

@@ -31,7 +31,7 @@ async def main(bootstrap: str, source: str, target: str, group: str, compression
         enable_idempotence=True,
         compression_type=compression,
         linger_ms=5,
-        max_batch_size=262_144,
+        max_batch_size=1_048_576,
     )
     async with consumer, producer:
         while not stopped.is_set():

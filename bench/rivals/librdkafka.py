@@ -45,7 +45,6 @@ def main(bootstrap: str, source: str, target: str, group: str, compression: str)
             "enable.idempotence": True,
             "compression.type": compression,
             "linger.ms": 5,
-            "batch.size": 262_144,
             "partitioner": "murmur2_random",
             "queue.buffering.max.messages": 1_000_000,
             # failures alone: a callback in Python for each success would cost more than the sending

@@ -26,7 +26,7 @@ def main(bootstrap: str, source: str, target: str, group: str, compression: str)
         producer_acks=-1,
         producer_compression_type=compression,
         producer_linger=0.005,
-        producer_max_batch_size=262_144,
+        producer_max_batch_size=1_048_576,
         broker_session_timeout=10.0,
         broker_heartbeat_interval=3.0,
         broker_rebalance_timeout=10.0,

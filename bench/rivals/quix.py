@@ -27,7 +27,6 @@ def main(bootstrap: str, source: str, target: str, group: str, compression: str)
             "enable.idempotence": True,
             "compression.type": compression,
             "linger.ms": 5,
-            "batch.size": 262_144,
             "queue.buffering.max.messages": 1_000_000,
         },
     )
