@@ -208,36 +208,43 @@ class Producer(driver.Producer):
         producer = await self._ready()
         self._refuse_oversize(records, producer._max_request_size)
         accumulator = producer._message_accumulator
-        batches = accumulator._batches
+        queues = accumulator._batches
         futures: dict[asyncio.Future[Any], None] = {}
-        appended: dict[TopicPartition, Any] = {}
+        builders: dict[TopicPartition, Any] = {}
         known: dict[str, Lanes] = {}
+        now_ms = int(time.time() * 1000)
+        builder: Any = None
+        last_topic: str | None = None
+        last_key: bytes | None = None
         for topic, key, value, headers in records:
-            lanes = known.get(topic)
-            if lanes is None:
-                appended.clear()
-                lanes = known[topic] = await self._lanes(producer, topic)
-            tp = lanes.by_key.get(key)
-            if tp is None:
-                tp = lanes.choose(key, producer._partitioner)
-            append = appended.get(tp)
-            if append is None or append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS) is None:
-                # A batch takes records until the sender takes it off this queue; no await may come between.
-                queue = batches.get(tp)
-                batch: Any = queue[-1] if queue and append is None else None
-                if batch is not None:
-                    append = batch._builder.append
-                    if append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS) is None:
-                        batch = None
-                if batch is None:
-                    if queue and len(queue) >= lanes.room:
-                        appended.clear()
-                        await self._wait_for_room(producer, tp, lanes.room)
-                    batch = accumulator._append_batch(accumulator.create_builder(), tp)
-                    append = batch._builder.append
-                    append(timestamp=None, key=key, value=value, headers=headers or _NO_HEADERS)
-                appended[tp] = append
-                futures[batch.future] = None
+            # The outputs of one message mostly share topic and key, the very objects.
+            if key is None or key is not last_key or topic is not last_topic:
+                if topic not in known:
+                    builders.clear()
+                    known[topic] = await self._lanes(producer, topic)
+                lanes = known[topic]
+                tp = lanes.by_key.get(key) or lanes.choose(key, producer._partitioner)
+                builder = builders.get(tp)
+                last_topic, last_key = topic, key
+            # A batch takes records until the sender takes it off its queue; no await may come between.
+            if builder is not None:
+                # what BatchBuilder.append does, at half its cost
+                count = builder._relative_offset
+                if builder._builder.append(count, now_ms, key, value, headers or _NO_HEADERS) is not None:
+                    builder._relative_offset = count + 1
+                    continue
+                builder.close()
+            queue = queues.get(tp)
+            batch: Any = queue[-1] if queue else None
+            record = {"timestamp": now_ms, "key": key, "value": value, "headers": headers or _NO_HEADERS}
+            if batch is None or batch._builder.append(**record) is None:
+                if queue and len(queue) >= lanes.room:
+                    builders.clear()
+                    await self._wait_for_room(producer, tp, lanes.room)
+                batch = accumulator._append_batch(accumulator.create_builder(), tp)
+                batch._builder.append(**record)
+            builder = builders[tp] = batch._builder
+            futures[batch.future] = None
         # The futures are shared: what cancels its wait must not cancel the others'.
         return [asyncio.shield(future) for future in futures]
 
