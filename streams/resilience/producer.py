@@ -30,7 +30,7 @@ Outgoing = tuple[str, bytes | None, bytes | None, Headers | None]
 #: Keys whose partition is remembered, per topic; murmur2 in Python costs more than the rest of appending a record.
 CACHED_KEYS = 100_000
 #: Bytes of batches that may wait for the sender, over all partitions of a topic: enough that it always finds some.
-QUEUED_BYTES = 8 * 1024 * 1024
+QUEUED_BYTES = 24 * 1024 * 1024
 _NO_HEADERS: Headers = []
 #: Between two warnings that a partition takes nothing.
 TELL_SECONDS = 30.0
