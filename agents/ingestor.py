@@ -16,22 +16,28 @@ from typing import Any
 from mode import Service
 
 from agents.stores.base import BadRow, Row, Store, open_store
+from agents.stores.gathering import GatheredWrites
 from agents.stores.rows import rows_of
 from streams import topics
 from streams.messages import Reading
 from streams.resilience.failures import Retryable
 from streams.stage import Stage
 
-# one chunk of a partition at a time: what gathers meanwhile is one larger write
-ingestor = Stage("ingestor", chunks_in_flight=1)
+# one chunk of a partition that is written and one that waits: what gathers meanwhile is one larger chunk
+ingestor = Stage("ingestor", chunks_in_flight=2)
+
+
+#: Transactions at a time: while one waits for the disk, the rows of the next are copied.
+WRITERS = 2
 
 
 class Ingest:
-    """Writes readings to a store, a bounded number of rows at a time."""
+    """Writes readings to a store, a bounded number of rows at a time, those of several chunks together."""
 
     def __init__(self, store: Store, chunk_rows: int) -> None:
         self.store = store
         self.chunk_rows = chunk_rows
+        self._store_rows = GatheredWrites(store.write_readings, chunk_rows, WRITERS)
 
     async def write(self, readings: Sequence[Reading]) -> Iterable[tuple[int, BaseException]]:
         """Store ``readings``; return position and exception of each that can never be stored whole."""
@@ -47,7 +53,7 @@ class Ingest:
         refused: dict[int, BaseException] = {}
         for start in range(0, len(rows), self.chunk_rows):
             part = rows[start : start + self.chunk_rows]
-            found = await self.store.write_readings(part)
+            found = await self._store_rows(part)
             if found:
                 where = {id(row): start + number for number, row in enumerate(part)}
                 refused.update({where[id(entry.row)]: entry.exception for entry in found})
@@ -79,9 +85,9 @@ def current() -> Ingest:
     return _ingest
 
 
-@ingestor.agent(topics.validated_data, chunks=True, name="ingestor", concurrency=4)
+@ingestor.agent(topics.validated_data, chunks=True, name="ingestor", concurrency=8)
 async def ingest(stream: Any) -> None:
-    """Store the readings of each chunk. Four chunks at a time: rows have their own time, so order does not matter."""
+    """Store the readings of each chunk, eight chunks at a time: rows have their own time, so order does not matter."""
     write = current().write
     async for chunk in stream:
         await chunk.all(write)

@@ -36,6 +36,10 @@ from streams.resilience.producer import Producer
 #: How long a fetch waits for the first record. Short where a partition has no room just now: it may have it soon.
 FETCH_WAIT_SECONDS = 1.0
 FETCH_WAIT_CROWDED_SECONDS = 0.02
+#: After a fetch of so few records the next one waits a little: a fetch costs as much for one record as for hundreds,
+#: and at some hundred records a second little else would be done.
+FEW_RECORDS = 200
+FEW_RECORDS_SECONDS = 0.008
 #: How long a revocation, or the end, waits for the answer to its commit; the drain before it has a bound of its own.
 LAST_COMMIT_SECONDS = 5.0
 
@@ -199,6 +203,8 @@ class Consumer(driver.Consumer):
                 self.not_waiting_next_records.set()
             if records:
                 await self._deliver_all(records, generation)
+                if sum(map(len, records.values())) < FEW_RECORDS:
+                    await asyncio.sleep(FEW_RECORDS_SECONDS)
             else:
                 await asyncio.sleep(0)
 
