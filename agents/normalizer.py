@@ -56,8 +56,13 @@ class Normalizer:
             if not told:
                 out.drop("no_readings")
             return
+        output, add = self._output, out.add
+        device_id, key = "", b""
         for reading in outcome.readings:
-            out.send(self._output, encode(reading), reading.device_id)
+            if reading.device_id is not device_id:
+                device_id = reading.device_id
+                key = device_id.encode()
+            add((output, key, encode(reading), None))
 
     def _tell(self, uplink: Uplink, outcome: Outcome, out: Out) -> bool:
         """Send what the stage commands is to know; False where there is nothing."""
@@ -78,11 +83,13 @@ class Normalizer:
         state = driver.state_of(uplink)
         key = (uplink.device_id, outcome.profile.name)
         known = self._states.get(key)
-        if not state or (known is not None and known[1] == state and uplink.received_at < known[0] + STATE_AGAIN):
+        if not state or (
+            known is not None and (known[1] is state or known[1] == state) and uplink.received_at < known[0]
+        ):
             return False
         if len(self._states) >= REMEMBERED_STATES:
             self._states.clear()
-        self._states[key] = (uplink.received_at, state)
+        self._states[key] = (uplink.received_at + STATE_AGAIN, state)
         told = DeviceState(
             device_id=uplink.device_id, profile=outcome.profile.name, state=state, timestamp=uplink.received_at
         )

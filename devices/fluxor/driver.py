@@ -9,6 +9,7 @@ is prepared once a profile and sensor set and shared by all readings; nobody may
 
 from __future__ import annotations
 
+import struct
 from binascii import Error as HexError
 from binascii import unhexlify
 from collections.abc import Mapping
@@ -99,6 +100,24 @@ def _fields(uplink: Uplink) -> tuple[Any, ...]:
         f"a Fluxor frame has {frame.FRAME_BYTES} bytes, {frame.MEMORY_FRAME_BYTES} with hw_type bit 0;"
         f" this one has {len(raw)}" + (f" and hw_type {raw[4]}" if len(raw) > 4 else "")
     )
+
+
+@lru_cache(maxsize=16_384)
+def _state(route: str, digits: bytes) -> dict[str, Any]:
+    """Return what commands need of a frame with these ``frame.STATE_DIGITS``; nobody may change it."""
+    hw_type, reg_typ, sen_typ, u_set_point, u_hysteresis, t_set_point, t_hysteresis = frame.STATE.unpack(
+        unhexlify(digits)
+    )
+    return {
+        **brokered.state_of(route),
+        "hw_type": hw_type,
+        "reg_typ": reg_typ,
+        "sen_typ": sen_typ,
+        "U_consigne": u_set_point,
+        "U_hysteresys": u_hysteresis,
+        "T_consigne": t_set_point,
+        "T_hysteresys": t_hysteresis,
+    }
 
 
 _PERCENT: Final[JsonSchema] = {"type": "number", "minimum": 0, "maximum": 100}
@@ -208,17 +227,11 @@ class FluxorDriver(Driver):
         """Return the broker, types and set points that a command has to repeat; empty for a feedback."""
         if uplink.route.endswith("/feedback"):
             return {}
-        fields = _fields(uplink)
-        return {
-            **brokered.state_of(uplink.route),
-            "hw_type": fields[1],
-            "reg_typ": fields[2],
-            "sen_typ": int.from_bytes(bytes(fields[3:7]), "little"),
-            "U_consigne": fields[7],
-            "U_hysteresys": fields[8],
-            "T_consigne": fields[9],
-            "T_hysteresys": fields[10],
-        }
+        try:
+            return _state(uplink.route, uplink.data[frame.STATE_DIGITS])
+        except (HexError, struct.error):
+            _fields(uplink)
+            raise
 
     def encode(
         self,

@@ -14,6 +14,9 @@ from typing import Final
 
 FRAME: Final = struct.Struct("<IBHBBBBHBHB4sIIIIHI")
 MEMORY_FRAME: Final = struct.Struct("<IBHBBBBHBHB4sIIII8sHB")
+#: hw_type to the T hysteresis: what seldom changes, the same in both; and where it stands in the hexadecimal text.
+STATE: Final = struct.Struct("<BHIHBHB")
+STATE_DIGITS: Final = slice(8, 8 + 2 * STATE.size)
 FRAME_BYTES: Final = FRAME.size
 MEMORY_FRAME_BYTES: Final = MEMORY_FRAME.size
 

@@ -37,10 +37,12 @@ BulkHandler = Callable[[list[Any]], Awaitable[Iterable[tuple[int, BaseException]
 class Out:
     """Where a handler puts what it sends; nothing of it counts until the handler has returned."""
 
-    __slots__ = ("_drop", "_sent", "record")
+    __slots__ = ("_drop", "_sent", "add", "record")
 
     def __init__(self) -> None:
         self._sent: list[Outgoing] = []
+        #: send a record that is already what Kafka is to have: (topic's name, key, value, headers)
+        self.add: Callable[[Outgoing], None] = self._sent.append
         self._drop: str | None = None
         self.record: Any = None
 

@@ -250,11 +250,10 @@ class Producer(driver.Producer):
 
     @staticmethod
     def _refuse_oversize(records: Sequence[Outgoing], limit: int) -> None:
-        for topic, _, value, _ in records:
-            if value is not None and len(value) > limit:
-                raise MessageSizeTooLargeError(
-                    f"a record of {len(value)} bytes for {topic} is larger than max_request_size={limit}"
-                )
+        if max([len(record[2]) for record in records if record[2] is not None], default=0) <= limit:
+            return
+        topic, size = next((record[0], len(record[2])) for record in records if record[2] and len(record[2]) > limit)
+        raise MessageSizeTooLargeError(f"a record of {size} bytes for {topic} is larger than max_request_size={limit}")
 
     async def _wait_for_room(self, producer: aiokafka.AIOKafkaProducer, tp: TopicPartition, room: int) -> None:
         accumulator = producer._message_accumulator

@@ -33,6 +33,8 @@ from streams.resilience.failures import Fatal
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import Producer
 
+#: Stands for aiokafka's record object and the objects around key and value (tracemalloc, CPython 3.11).
+RECORD_BYTES = 500
 #: How long a fetch waits for the first record. Short where a partition has no room just now: it may have it soon.
 FETCH_WAIT_SECONDS = 1.0
 FETCH_WAIT_CROWDED_SECONDS = 0.02
@@ -280,7 +282,8 @@ class Consumer(driver.Consumer):
 
     async def _deliver(self, tp: TP, records: list[Any], generation: int) -> None:
         last = records[-1]
-        size = sum(map(_size_of, records))
+        size = sum([record.serialized_key_size + record.serialized_value_size for record in records])
+        size += RECORD_BYTES * len(records)
         message = Delivery(
             tp.topic,
             tp.partition,
@@ -315,7 +318,8 @@ class Consumer(driver.Consumer):
             tp,
             generation_id=generation,
         )
-        await self._hand_over(tp, message, record.offset, 1, _size_of(record))
+        size = record.serialized_key_size + record.serialized_value_size + RECORD_BYTES
+        await self._hand_over(tp, message, record.offset, 1, size)
 
     async def _hand_over(self, tp: TP, message: Delivery, first: int, count: int, size: int) -> None:
         if not self._deliverable(message.generation_id):
@@ -617,8 +621,3 @@ class Transport(driver.Transport):
 
     Consumer = Consumer
     Producer = Producer
-
-
-def _size_of(record: Any) -> int:
-    # 500 bytes stand for aiokafka's record object and the objects around key and value (tracemalloc, CPython 3.11)
-    return int(record.serialized_key_size) + int(record.serialized_value_size) + 500
