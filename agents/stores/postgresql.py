@@ -4,8 +4,9 @@ Guarantees: those of :mod:`agents.stores.base`, and for readings: the first valu
 index, label, time) stays. Whatever is delivered again, in whatever order, and also twice in one chunk, changes
 nothing.
 
-A chunk is one transaction of four round trips: BEGIN, binary COPY into a temporary table of the session, one ``INSERT
-… SELECT … ON CONFLICT DO NOTHING``, COMMIT. The insert is sorted by key, so that two writers whose chunks overlap
+Many rows are one transaction of four round trips: BEGIN, binary COPY into a temporary table of the session, one
+``INSERT … SELECT … ON CONFLICT DO NOTHING``, COMMIT. Few are one statement with the columns as arrays, which is a
+transaction by itself: a single round trip. Either insert is sorted by key, so that two writers whose chunks overlap
 take their locks in the same order and cannot deadlock, and so that neighbours in the index are written together.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+
+import asyncpg
 
 from agents.stores.base import BadRow, Row
 from agents.stores.database import Database, ItemsRefused, blames_items
@@ -42,6 +45,19 @@ FROM {_STAGING}
 ORDER BY device_id, index, label, time, ctid
 ON CONFLICT DO NOTHING
 """  # noqa: S608  (constants only)
+#: Up to so many rows one statement is quicker than COPY; beyond, encoding the arrays costs more than the round trips
+#: (measured on the embedded server: 2.8 against 6.0 ms for 8 rows, equal at 500).
+FEW_ROWS = 200
+_INSERT_FEW = f"""
+INSERT INTO readings ({", ".join(COLUMNS)})
+SELECT DISTINCT ON (1, 2, 3, 4)
+    device_id COLLATE "C", index COLLATE "C", label COLLATE "C", time, value, value_text, unit, request_id
+FROM unnest(
+    $1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::double precision[], $6::text[], $7::text[], $8::text[]
+) WITH ORDINALITY AS few({", ".join(COLUMNS)}, number)
+ORDER BY 1, 2, 3, 4, number
+ON CONFLICT DO NOTHING
+"""  # noqa: S608  (constants only)
 
 
 class ReadingStore(Database, LifeWriter, ReadSide):
@@ -53,7 +69,17 @@ class ReadingStore(Database, LifeWriter, ReadSide):
         About 5,000 rows a call are fastest. Raises asyncpg's exceptions, ``OSError`` and ``TimeoutError`` for what can
         succeed later; then none of the rows is stored, or some, and the call is to be made again.
         """
-        return await self.write_separating(rows, self._copy_and_insert, _refusal)
+        write = self._insert_few if len(rows) <= FEW_ROWS else self._copy_and_insert
+        return await self.write_separating(rows, write, _refusal)
+
+    async def _insert_few(self, rows: Sequence[Row]) -> None:
+        async with self.connection() as connection:
+            try:
+                await connection.execute(_INSERT_FEW, *zip(*rows, strict=True))
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError, OverflowError) as exc:
+                if not blames_items(exc):
+                    raise
+                raise ItemsRefused(exc) from exc
 
     async def _copy_and_insert(self, rows: Sequence[Row]) -> None:
         async with self.transaction(_BEGIN) as connection:
