@@ -17,7 +17,7 @@ fail() {
 
 checksum() {
     cat requirements.lock tools/bootstrap.sh tools/stack/install.py tools/stack/machine.py tools/stack/java.lock \
-        tools/stack/kafka/pom.xml | { sha256sum 2>/dev/null || shasum -a 256 || cksum; }
+        tools/stack/dtls.lock tools/stack/kafka/pom.xml | { sha256sum 2>/dev/null || shasum -a 256 || cksum; }
 }
 
 wanted=$(checksum)

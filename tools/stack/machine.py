@@ -97,3 +97,9 @@ def package_folder(package: str) -> Path:
 def find_mosquitto() -> str | None:
     """Return the machine's mosquitto; Debian has it in /usr/sbin, which an ordinary user's PATH leaves out."""
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin")
+
+
+def find_libcoap(*, dtls: bool = False) -> str | None:
+    """Return libcoap's client of the machine (Debian's libcoap3-bin), with ``dtls`` one that has OpenSSL."""
+    names = ("coap-client-openssl",) if dtls else ("coap-client-notls", "coap-client")
+    return next((found for name in names if (found := shutil.which(name))), None)

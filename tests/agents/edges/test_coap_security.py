@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import random
-import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +19,8 @@ from aiocoap.numbers import codes
 
 from agents.edges.coap_oscore import DeviceContext, OscoreShield, sequence_file
 from agents.edges.coap_security import KeysError, OscoreKey, load_security
+from tests.agents.edges import clients
+from tests.agents.edges.clients import with_dtls
 from tests.agents.edges.coap import Site, raw, request, site, until
 
 JSON = b'{"t": 21.5}'
@@ -179,10 +179,6 @@ def test_dtls_keys_without_the_library_say_what_to_install(tmp_path: Path, monke
         load_security(None, tmp_path / "keys.yaml", tmp_path)
 
 
-DTLS = importlib.util.find_spec("DTLSSocket") is not None
-needs_dtls = pytest.mark.skipif(not DTLS, reason="the extra `dtls` (DTLSSocket) is not installed")
-
-
 @asynccontextmanager
 async def dtls_site(folder: Path) -> AsyncIterator[tuple[Site, str]]:
     """A site that serves coaps for dev-7, with where."""
@@ -212,7 +208,7 @@ async def dtls_post(uri: str, path: str, key: bytes = b"super-secret", identity:
         await client.shutdown()
 
 
-@needs_dtls
+@with_dtls
 async def test_dtls_gets_in_and_names_its_device(tmp_path: Path) -> None:
     """A message over coaps is stored under the key's device; another device's path is refused."""
     async with dtls_site(tmp_path) as (here, uri):
@@ -222,8 +218,8 @@ async def test_dtls_gets_in_and_names_its_device(tmp_path: Path) -> None:
         assert here.kafka.records[0].metadata["security"] == "dtls"
 
 
-@needs_dtls
 @pytest.mark.parametrize(("key", "identity"), [(b"wrong", b"sensor-7"), (b"super-secret", b"nobody")])
+@with_dtls
 async def test_a_wrong_dtls_key_gets_nothing_in(key: bytes, identity: bytes, tmp_path: Path) -> None:
     """No handshake, no arrival."""
     async with dtls_site(tmp_path) as (here, uri):
@@ -233,35 +229,18 @@ async def test_a_wrong_dtls_key_gets_nothing_in(key: bytes, identity: bytes, tmp
         assert here.server.exchanges.remembered == 0
 
 
-OPENSSL = shutil.which("coap-client-openssl")
-
-
-@needs_dtls
-@pytest.mark.skipif(OPENSSL is None, reason="libcoap3-bin is not installed")
-async def test_libcoap_speaks_dtls(tmp_path: Path) -> None:
+@with_dtls
+async def test_a_client_program_speaks_dtls(tmp_path: Path) -> None:
     """libcoap with OpenSSL: the same key gets in, another does not."""
-    assert OPENSSL is not None
+    body = tmp_path / "body.json"
+    body.write_bytes(JSON)
     async with dtls_site(tmp_path) as (here, uri):
         for key in ("super-secret", "another"):
-            process = await asyncio.create_subprocess_exec(
-                OPENSSL,
-                "-B",
-                "5",
-                "-u",
-                "sensor-7",
-                "-k",
-                key,
-                "-m",
-                "post",
-                "-e",
-                JSON.decode(),
-                f"{uri}/telemetry/dev-7",
-            )
-            await asyncio.wait_for(process.wait(), 60)
+            await clients.post_secured(f"{uri}/telemetry/dev-7", body, identity="sensor-7", key=key)
         assert len(here.kafka.records) == 1
 
 
-@needs_dtls
+@with_dtls
 async def test_noise_at_the_dtls_port_does_no_harm(tmp_path: Path) -> None:
     """Random datagrams, and pieces of a handshake, leave the server serving."""
     rng = random.Random(3)

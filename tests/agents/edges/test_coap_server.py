@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import shutil
 import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -22,6 +21,7 @@ from aiocoap.numbers.types import ACK, CON, NON
 
 from agents.edges.coap_arrivals import Event
 from devices.efento import messages
+from tests.agents.edges import clients
 from tests.agents.edges.coap import REGISTRY, Lossy, Site, raw, request, site, until
 
 VECTORS = json.loads((Path(__file__).parents[3] / "devices" / "efento" / "vectors.json").read_text())
@@ -365,32 +365,19 @@ async def confirmed(device: Any, data: bytes, rng: random.Random) -> Any:
     return None
 
 
-async def run(*command: str) -> str:
-    """Run a program and return what it says."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    out, _ = await asyncio.wait_for(process.communicate(), 60)
-    return out.decode(errors="replace")
-
-
-LIBCOAP = next((found for name in ("coap-client-notls", "coap-client") if (found := shutil.which(name))), None)
-
-
-@pytest.mark.skipif(LIBCOAP is None, reason="libcoap3-bin is not installed")
-@pytest.mark.parametrize("kind", [(), ("-N",)], ids=["CON", "NON"])
-async def test_libcoap_is_served(kind: tuple[str, ...], tmp_path: Path) -> None:
-    """libcoap's client: JSON, a body in blocks, the time, a refusal and the list of resources."""
-    assert LIBCOAP is not None
-    large = tmp_path / "large.json"
+@pytest.mark.parametrize("confirmable", [True, False], ids=["CON", "NON"])
+async def test_a_client_program_is_served(confirmable: bool, tmp_path: Path) -> None:
+    """libcoap's client: JSON, a body in blocks, a refusal and the list of resources."""
+    small, large = tmp_path / "small.json", tmp_path / "large.json"
+    small.write_bytes(JSON)
     large.write_text(json.dumps({f"f{n}": n for n in range(3000)}))
     async with site() as here:
-        call = (LIBCOAP, *kind, "-B", "20")
-        await run(*call, "-m", "post", "-t", "50", "-e", JSON.decode(), f"{here.uri}/telemetry/lib-1")
-        await run(*call, "-m", "post", "-t", "50", "-b", "512", "-f", str(large), f"{here.uri}/telemetry/lib-2")
+        await clients.post(f"{here.uri}/telemetry/lib-1", small, confirmable=confirmable)
+        await clients.post(f"{here.uri}/telemetry/lib-2", large, confirmable=confirmable, block_bytes=512)
         assert [(a.device_id, a.payload) for a in here.kafka.records] == [
             ("lib-1", JSON),
             ("lib-2", large.read_bytes()),
         ]
-        assert "4.04" in await run(*call, "-m", "post", "-e", "x", f"{here.uri}/nowhere")
-        assert "</telemetry/>" in await run(*call, "-m", "get", "-b", "64", f"{here.uri}/.well-known/core")
+        assert "4.04" in await clients.post(f"{here.uri}/nowhere", small, confirmable=confirmable)
+        links = await clients.get(f"{here.uri}/.well-known/core", confirmable=confirmable, block_bytes=64)
+        assert "</telemetry/>" in links
