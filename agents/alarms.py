@@ -34,7 +34,8 @@ from streams.resilience.failures import Retryable
 from streams.resilience.producer import Outgoing
 from streams.stage import Stage
 from streams.ticks import TICK_SECONDS, Tick, reach, write_ticks
-from tables.alarms import LocalStates, declare, publish, reached
+from tables.alarms import declare
+from tables.rows import LocalStates, publish, reached
 
 alarms = Stage("alarms")
 states = declare(alarms.app, alarms.settings)
@@ -89,10 +90,10 @@ class Alarms:
     async def settle(self, partition: Partition, chunk: Any, found: list[Alert]) -> None:
         """Send alerts, wait until Kafka has them, then store the states; nothing for a partition that is gone."""
         changes = partition.buffer.cut()
-        if found and still_ours(chunk):
+        if found and chunk.ours:
             await alarms.app.send_and_wait(outgoing(found))
-        last = await publish(alarms.app, states, partition.number, changes) if still_ours(chunk) else None
-        if not still_ours(chunk):
+        last = await publish(alarms.app, states, partition.number, changes) if chunk.ours else None
+        if not chunk.ours:
             # Its next owner may have stored newer states already; the readings come again there.
             self.forget(partition.number)
             return
@@ -111,11 +112,6 @@ def outgoing(found: list[Alert]) -> list[Outgoing]:
             value = None if alert.is_resolved else encode(alert)
             records.append((open_alarms.name, alert.id.encode(), value, None))
     return records
-
-
-def still_ours(chunk: Any) -> bool:
-    """Tell whether the partition of ``chunk`` has not been revoked since it came."""
-    return chunk.event is None or bool(chunk.event.live)
 
 
 _partitioner = DefaultPartitioner()

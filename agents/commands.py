@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
 from mode import Service
 
 from agents.commanding.partition import House, Partition
@@ -25,20 +24,11 @@ from streams import topics
 from streams.messages import CommandReport, encode
 from streams.resilience.failures import Poison
 from streams.stage import Stage
+from streams.ticks import TICK_SECONDS, Tick, write_ticks
 from tables.commands import declare
 
 commands = Stage("commands", chunks_in_flight=1)
 tables = declare(commands.app, commands.settings)
-
-TICK_SECONDS = 1.0
-
-
-class Tick(msgspec.Struct):
-    """A moment, as a record of one partition: time passes where the commands are."""
-
-    at: datetime
-    partition: int
-
 
 ticks = topics.ticks("commands", Tick, topics.commands)
 
@@ -72,7 +62,11 @@ class Desk:
                             act(partition, message, now)
                         except Poison as exc:
                             bad.append((position, exc))
-                    await partition.settle()
+                    if chunk.ours:
+                        await partition.settle()
+                    else:
+                        # its next owner gets the same messages
+                        self.forget(number)
                 except BaseException:
                     self.forget(number)
                     raise
@@ -181,12 +175,8 @@ class Clock(Service):
     async def _tick(self) -> None:
         while not self.should_stop:
             await self.sleep(TICK_SECONDS)
-            mine = [tp.partition for tp in commands.app.assigned or () if tp.topic == ticks.name]
-            now = datetime.now(UTC)
             try:
-                producer = await commands.app.maybe_start_producer()
-                for number in mine:
-                    await producer.send(ticks.name, None, encode(Tick(now, number)), number, None, None)
+                await write_ticks(commands.app, ticks)
             except Exception as exc:
                 self.log.info("No tick: %r; time counts from the next one", exc)
 

@@ -229,7 +229,7 @@ class Boxes:
 
             async def handle(message: Any, out: Out) -> None:
                 # What is left of a partition that was revoked is somebody else's to tell.
-                if chunk.event is None or chunk.event.live:
+                if chunk.ours:
                     await handler(message, out)
 
             try:

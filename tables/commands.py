@@ -1,19 +1,19 @@
 """Open commands and what devices have told, one row per device each, on RocksDB, with changelogs.
 
-:meth:`CommandTables.stored` waits until Kafka has the changelog of all that was written: a command's next state is safe
+:meth:`CommandTables.store` returns once Kafka has the changelog of all that was written: a command's next state is safe
 before anybody hears of it.
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from devices.commands.model import Life
 from settings import Settings
-from tables.alarms import rocksdb_options
+from tables.rows import rocksdb_options, store
 
 
 class Told(msgspec.Struct):
@@ -44,31 +44,17 @@ encode_row = msgspec.msgpack.Encoder().encode
 class CommandTables:
     """``lives``: the open and the remembered commands; ``states``: what each profile told of a device."""
 
-    def __init__(self, lives: Any, states: Any) -> None:
+    def __init__(self, app: Any, lives: Any, states: Any) -> None:
+        self.app = app
         self.lives = lives
         self.states = states
-        self.unacknowledged: list[Any] = []
 
-    def watch(self, table: Any) -> None:
-        """Keep the futures of what ``table`` writes to its changelog."""
-        send = table.send_changelog
-
-        def keep(*args: Any, **kwargs: Any) -> Any:
-            future = send(*args, **kwargs)
-            self.unacknowledged.append(future)
-            return future
-
-        table.send_changelog = keep
-
-    def drop(self) -> None:
-        """Wait for nothing any more; the events at hand do."""
-        self.unacknowledged = [future for future in self.unacknowledged if not future.done()]
-
-    async def stored(self) -> None:
-        """Return once Kafka has acknowledged all that was written; raises what it said instead."""
-        waiting, self.unacknowledged = self.unacknowledged, []
-        if waiting:
-            await asyncio.gather(*waiting)
+    async def store(
+        self, partition: int, lives: Mapping[str, bytes | None], states: Mapping[str, bytes | None]
+    ) -> None:
+        """Write what has changed in a partition, None for a row that goes; raises what Kafka says."""
+        await store(self.app, self.lives, partition, lives)
+        await store(self.app, self.states, partition, states)
 
 
 def declare(app: Any, settings: Settings) -> CommandTables:
@@ -88,6 +74,4 @@ def declare(app: Any, settings: Settings) -> CommandTables:
         options=options,
         help="What commands need to know of each device, by profile.",
     )
-    tables = CommandTables(lives, states)
-    tables.watch(lives)
-    return tables
+    return CommandTables(app, lives, states)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, Final
 
 from settings import Settings
-from tables.alarms import LocalStates, publish, reached, rocksdb_options
+from tables.rows import LocalStates, publish, reached, rocksdb_options
 
 _SECONDS: Final = struct.Struct("<d")
 

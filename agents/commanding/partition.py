@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -23,8 +23,8 @@ from streams import topics
 from streams.messages import Command, CommandReport, CommandStatus, DeviceState, DownlinkMessage, encode
 from streams.resilience.failures import Poison
 from streams.resilience.producer import Outgoing
-from tables.alarms import PartitionStates
 from tables.commands import ROWS, STATES, CommandTables, Row, Told, encode_row
+from tables.rows import LocalStates
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +76,14 @@ class Partition:
 
     def __init__(self, number: int, house: House) -> None:
         self.house = house
+        self.number = number
         self.registry = house.registry
         self.limits = house.limits
-        self.lives = PartitionStates(house.tables.lives, number)
-        self.states = PartitionStates(house.tables.states, number)
+        self.lives = LocalStates(house.tables.lives, number)
+        self.states = LocalStates(house.tables.states, number)
         self.lock = asyncio.Lock()
         self.touched: dict[str, Row] = {}
+        self.heard: dict[str, bytes] = {}
         self.device_of: dict[str, str] = {}
         self.wake: dict[str, datetime] = {}
         self._open_ids: dict[str, list[str]] = {}
@@ -122,7 +124,7 @@ class Partition:
 
     def states_of(self, device_id: str) -> dict[str, dict[str, Any]]:
         """Return what a device told, by profile."""
-        data = self.states.get(device_id)
+        data = self.heard.get(device_id) or self.states.get(device_id)
         return STATES.decode(data) if data is not None else {}
 
     def take(self, command: Command, now: datetime) -> None:
@@ -178,7 +180,7 @@ class Partition:
         """Keep what a device told of itself, and send what has waited for it."""
         states = self.states_of(told.device_id)
         if states.get(told.profile) != told.state:
-            self.states[told.device_id] = encode_row({**states, told.profile: told.state})
+            self.heard[told.device_id] = encode_row({**states, told.profile: told.state})
         if told.device_id in self.wake:
             self._dispatch(told.device_id, self.row(told.device_id), now)
 
@@ -247,25 +249,28 @@ class Partition:
     async def settle(self) -> None:
         """Store what has changed, tell it, and store that it was told."""
         changed, self.touched = self.touched, {}
-        if not changed:
+        heard, self.heard = self.heard, {}
+        if not changed and not heard:
             return
-        for device_id, row in changed.items():
-            self._store(device_id, row)
+        tables = self.house.tables
+        await tables.store(self.number, self._stored(changed), heard)
         outgoing: list[Outgoing] = [
             (told.topic, told.key.encode(), told.value, None) for row in changed.values() for told in row.outbox
         ]
         if outgoing:
-            await self.house.tables.stored()
             await self.house.send(outgoing)
-            for device_id, row in changed.items():
-                if row.outbox:
-                    row.outbox = []
-                    self._store(device_id, row)
-        self.house.tables.drop()
+            struck = {device_id: row for device_id, row in changed.items() if row.outbox}
+            for row in struck.values():
+                row.outbox = []
+            await tables.store(self.number, self._stored(struck), {})
 
-    def _store(self, device_id: str, row: Row) -> None:
-        self._note(device_id, row)
-        if not row.empty:
-            self.lives[device_id] = encode_row(row)
-        elif device_id in self.lives:
-            del self.lives[device_id]
+    def _stored(self, rows: Mapping[str, Row]) -> dict[str, bytes | None]:
+        """Return what is to be written of ``rows``."""
+        found: dict[str, bytes | None] = {}
+        for device_id, row in rows.items():
+            self._note(device_id, row)
+            if not row.empty:
+                found[device_id] = encode_row(row)
+            elif device_id in self.lives:
+                found[device_id] = None
+        return found

@@ -82,6 +82,11 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.pending)
 
+    @property
+    def ours(self) -> bool:
+        """Whether its partition has not been revoked since it came."""
+        return self.event is None or bool(self.event.live)
+
     def __repr__(self) -> str:
         first = self.records[0] if self.records else None
         where = f"{first.topic}[{first.partition}]@{first.offset}" if first is not None else "nowhere"

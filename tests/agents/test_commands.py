@@ -66,7 +66,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> commands.Desk:
     house = House(
         registry=Registry.load(Path(__file__).parents[2] / "config"),
         limits=Limits(timeout_seconds=10),
-        tables=CommandTables(Table(), Table()),
+        tables=CommandTables(commands.commands.app, Table(), Table()),
         expiry_seconds=3600,
         send=send,
         caught_up=lambda: True,
