@@ -14,17 +14,18 @@ import os
 import time
 from typing import Any
 
+from aiocoap.numbers.codes import SERVICE_UNAVAILABLE
 from mode import Service
 
 from agents.edges.coap_arrivals import Arrival, Batch, Downlinks, Event
 from agents.edges.coap_dtls import DtlsListener
-from agents.edges.coap_requests import Judge
+from agents.edges.coap_requests import Judge, Refusal
 from agents.edges.coap_security import Security, load_security
 from agents.edges.coap_server import CoapServer
-from devices.registry import DeviceEntry, Registry
+from agents.registered import Registered
+from devices.registry import Registry
 from streams import metrics, topics
-from streams.feed import Feed
-from streams.messages import Device, RawMessage, encode
+from streams.messages import RawMessage, encode
 from streams.resilience.failures import Retryable
 from streams.resilience.producer import Outgoing
 from streams.stage import Stage
@@ -66,6 +67,7 @@ def records(found: list[Arrival]) -> list[Outgoing]:
 _registry: Registry | None = None
 _security: Security | None = None
 _downlinks: Downlinks | None = None
+_registered: Registered | None = None
 
 
 @coap.prepare
@@ -154,18 +156,23 @@ def count(event: Event | str, number: int) -> None:
         accounts.settle(number, None, {str(event): number})
 
 
+@coap.prepare
+def registered() -> Registered:
+    """Return who is registered, made when it is first needed."""
+    global _registered
+    if _registered is None:
+        _registered = Registered(registry())
+    return _registered
+
+
 def known(device_id: str) -> bool:
-    """Tell whether somebody has configured a device, and as active."""
-    entry = registry().device(device_id)
-    return entry is not None and entry.active
-
-
-def configured(device_id: str, device: Device | None) -> None:
-    """Take what ``iot_devices`` says of a device."""
-    if device is None:
-        registry().remove_device(device_id)
-    else:
-        registry().set_device(DeviceEntry(device_id=device_id, profile=device.profile, active=device.active))
+    """Tell whether somebody has configured a device, and as active; raises Refusal (5.03) while that is not known."""
+    if registered().known(device_id):
+        return True
+    if not registered().complete:
+        text = "the registered devices have not been read yet; come again"
+        raise Refusal(SERVICE_UNAVAILABLE, text, "unavailable", max_age=int(coap.settings.coap_max_age_seconds))
+    return False
 
 
 def new_server() -> CoapServer:
@@ -207,7 +214,7 @@ class Listener(Service):
         """Bind and serve; raises OSError, with the setting's name, where the address cannot be had."""
         settings = coap.settings
         if settings.unknown_devices == "reject":
-            await self.add_runtime_dependency(Feed(settings, topics.devices, configured, beacon=self.beacon))
+            await registered().follow(self, settings)
         server = new_server()
         try:
             await server.start()

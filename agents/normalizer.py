@@ -4,8 +4,9 @@ Consumes ``iot_raw_data`` (RawMessage), produces ``iot_validated_data`` (Reading
 device; a device's word on a command goes to the stage commands, and so does what a device tells of itself that commands
 need. Guarantee: each message gives all its valid readings, or one dead letter.
 Retried: nothing of its own (it is a pure function). Dead-lettered: ``poison`` what a driver cannot decode; ``rejected``
-what no profile matches and what has no valid value left. Dropped: messages that hold no reading (``no_readings``);
-single values that validation refuses are counted and logged, their neighbours go on.
+what no profile matches, what claims to be another device's or is an unknown one's (``UNKNOWN_DEVICES=reject``), what a
+driver would have read that is set aside for being slow, and what has no valid value left. Dropped: messages that hold
+no reading (``no_readings``); single values that validation refuses are counted and logged, their neighbours go on.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from mode import Service
+
+from agents.registered import Registered
 from devices.driver import Driver
 from devices.model import Uplink
 from devices.pipeline import Outcome, Refused, read
 from devices.registry import Registry
+from devices.timing import DriverAside, DriverTimes
+from devices.validation import MAX_AHEAD
 from streams import topics
 from streams.events import EVENTS
 from streams.messages import CommandReport, DeviceState, RawMessage, encode, uplink_of
 from streams.resilience.chunks import Out
-from streams.resilience.failures import Rejected
+from streams.resilience.failures import Rejected, Retryable, SetAside
 from streams.stage import Stage
 
 normalizer = Stage("normalizer")
@@ -35,8 +41,19 @@ STATE_AGAIN: Final = timedelta(minutes=10)
 class Normalizer:
     """The stage's pure function over a registry of devices and profiles."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        times: DriverTimes | None = None,
+        reject_unknown: bool = False,
+        max_ahead: timedelta = MAX_AHEAD,
+    ) -> None:
         self.registry = registry
+        self.registered = Registered(registry)
+        self.times = times or DriverTimes(float("inf"), 0)
+        self._known = self.registered.known if reject_unknown else None
+        self._max_ahead = max_ahead
         self._output = topics.validated_data.name
         self._states: dict[tuple[str, str], tuple[datetime, dict[str, Any]]] = {}
 
@@ -44,8 +61,13 @@ class Normalizer:
         """Send the readings that ``message`` gives; raises DecodeError (poison) or Rejected."""
         try:
             uplink = uplink_of(message)
-            outcome = read(uplink, self.registry)
+            # CoAP devices were judged, and answered, where they came in.
+            known = self._known if uplink.protocol == "mqtt" else None
+            outcome = read(uplink, self.registry, known=known, max_ahead=self._max_ahead, call=self.times.call)
         except Refused as exc:
+            EVENTS.refused(exc.reason, message.device_id, str(exc))
+            if exc.reason == "driver_aside":
+                raise SetAside(f"{exc.reason}: {exc}") from exc
             for refused in exc.rejections:
                 EVENTS.rejected_value(refused.device_id, refused.index, refused.label, refused.value, refused.reason)
             raise Rejected(f"{exc.reason}: {exc}") from exc
@@ -80,7 +102,10 @@ class Normalizer:
         driver = self.registry.driver(outcome.profile)
         if type(driver).state_of is Driver.state_of or not outcome.readings:
             return False
-        state = driver.state_of(uplink)
+        try:
+            state = self.times.call(driver.name, driver.state_of, uplink)
+        except DriverAside:
+            return False
         key = (uplink.device_id, outcome.profile.name)
         known = self._states.get(key)
         if not state or (
@@ -105,13 +130,46 @@ def current() -> Normalizer:
     """Return the normalizer over the configured registry, loaded when it is first needed."""
     global _normalizer
     if _normalizer is None:
-        _normalizer = Normalizer(Registry.load(normalizer.settings.config_path))
+        settings = normalizer.settings
+        aside_seconds = settings.driver_aside_seconds
+
+        def slow(driver: str, seconds: float, aside: bool) -> None:
+            EVENTS.slow_driver(driver, seconds, aside_seconds=aside_seconds if aside else None)
+
+        _normalizer = Normalizer(
+            Registry.load(settings.config_path),
+            times=DriverTimes(settings.driver_limit_seconds, aside_seconds, on_slow=slow),
+            reject_unknown=settings.unknown_devices == "reject",
+            max_ahead=timedelta(seconds=settings.reading_future_limit_seconds),
+        )
     return _normalizer
+
+
+class Devices(Service):
+    """Follows ``iot_devices`` for the normalizer."""
+
+    async def on_start(self) -> None:
+        """Say what becomes of unknown devices, and follow the topic."""
+        settings = normalizer.settings
+        self.log.info("messages of unknown devices over MQTT: %s (UNKNOWN_DEVICES)", settings.unknown_devices)
+        await current().registered.follow(self, settings)
+
+
+normalizer.service(Devices)
+
+
+@normalizer.check("devices")
+async def devices_known() -> None:
+    """Raise while the topic of devices has not been read to its end."""
+    if not current().registered.complete:
+        raise Retryable(f"{topics.devices.name} has not been read to its end yet")
 
 
 @normalizer.agent(topics.raw_data, chunks=True, name="normalizer")
 async def normalize(stream: Any) -> None:
     """Turn the device messages of each chunk into readings."""
     to_readings = current().to_readings
+    if not normalizer.app.testing:
+        await current().registered.ready()
     async for chunk in stream:
         await chunk.each(to_readings)

@@ -18,6 +18,10 @@ class DecodeError(ValueError):
     """The bytes are not a message of this family, or break its rules. Trying again cannot help."""
 
 
+class AnotherDevice(DecodeError):
+    """The message claims another device than its topic or path: it is refused, and read as neither's."""
+
+
 class CommandError(ValueError):
     """A command cannot be encoded for this device; ``pointer`` is the JSON pointer to what is wrong."""
 

@@ -7,17 +7,29 @@ is turned into DecodeError here, with the driver's name, so that one careless dr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
 import msgspec
 
 from devices.driver import Feedback
-from devices.model import DecodeError, Reading, Uplink
+from devices.model import AnotherDevice, DecodeError, Reading, Uplink
 from devices.profiles import Profile
 from devices.registry import Registry
-from devices.validation import Rejection, validate
+from devices.timing import DriverAside
+from devices.validation import MAX_AHEAD, Rejection, validate
+
+T = TypeVar("T")
 
 
 class Refused(ValueError):
-    """Nothing of the message is taken. ``reason``: ``no_profile``, ``device_inactive`` or ``rejected_value``."""
+    """Nothing of the message is taken.
+
+    ``reason``: ``no_profile``; ``device_not_allowed`` (profiles match, and allow other devices only);
+    ``another_device`` (the payload names another than the route); ``unknown_device``; ``device_inactive``;
+    ``driver_aside``; ``rejected_value``.
+    """
 
     def __init__(self, reason: str, message: str, rejections: list[Rejection] | None = None) -> None:
         super().__init__(message)
@@ -34,10 +46,32 @@ class Outcome(msgspec.Struct, kw_only=True):
     feedback: Feedback | None = None
 
 
-def read(uplink: Uplink, registry: Registry) -> Outcome:
-    """Return what ``uplink`` gives; raises DecodeError or Refused."""
+def _call(_driver: str, function: Callable[..., T], *args: Any) -> T:
+    return function(*args)
+
+
+def read(
+    uplink: Uplink,
+    registry: Registry,
+    *,
+    known: Callable[[str], bool] | None = None,
+    max_ahead: timedelta = MAX_AHEAD,
+    call: Callable[..., Any] = _call,
+) -> Outcome:
+    """Return what ``uplink`` gives; raises DecodeError or Refused.
+
+    ``known`` is None where devices that nobody configured are welcome; ``call(driver, function, *args)`` calls a
+    driver, and may refuse to (:class:`~devices.timing.DriverAside`).
+    """
     found = registry.find(uplink)
     if found is None:
+        excluded = registry.excluded(uplink)
+        if excluded is not None:
+            raise Refused(
+                "device_not_allowed",
+                f"{uplink.protocol} {uplink.route!r} is profile {excluded.name}'s, which does not allow device "
+                f"{uplink.device_id!r} (match.devices)",
+            )
         raise Refused(
             "no_profile", f"no profile matches {uplink.protocol} {uplink.route!r} of device {uplink.device_id!r}"
         )
@@ -45,19 +79,25 @@ def read(uplink: Uplink, registry: Registry) -> Outcome:
     if entry is not None and not entry.active:
         raise Refused("device_inactive", f"device {uplink.device_id!r} is configured as not active")
     profile, match = found
+    if known is not None and match.kind == "data" and not known(uplink.device_id):
+        raise Refused("unknown_device", f"device {uplink.device_id!r} is not known here (UNKNOWN_DEVICES=reject)")
     driver = registry.driver(profile)
     if match.kind == "request":
         return Outcome(readings=[], rejections=[], profile=profile)
     try:
         if match.kind == "feedback":
-            feedback = driver.feedback(uplink)
+            feedback = call(driver.name, driver.feedback, uplink)
             return Outcome(readings=[], rejections=[], profile=profile, feedback=feedback)
-        readings = driver.decode(uplink, profile)
+        readings = call(driver.name, driver.decode, uplink, profile)
+    except AnotherDevice as exc:
+        raise Refused("another_device", str(exc)) from exc
+    except DriverAside as exc:
+        raise Refused("driver_aside", str(exc)) from exc
     except (DecodeError, MemoryError):
         raise
     except Exception as exc:
         raise DecodeError(f"driver {driver.name} failed on this message: {type(exc).__name__}: {exc}") from exc
-    checked = validate(readings, profile, uplink.received_at)
+    checked = validate(readings, profile, uplink.received_at, max_ahead)
     if checked.rejections and not checked.readings:
         first = checked.rejections[0]
         raise Refused(

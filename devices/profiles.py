@@ -117,6 +117,11 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
         """The route as an MQTT subscription filter."""
         return "/".join("+" if segment.startswith("{") else segment for segment in self.segments)
 
+    def allows(self, device_id: str) -> bool:
+        """Tell whether the messages of a device may be this match's."""
+        patterns = self.devices
+        return not patterns or any(fnmatch.fnmatchcase(device_id, pattern) for pattern in patterns)
+
     def params(self, segments: Sequence[str]) -> dict[str, str] | None:
         """Return the named segments of a route that matches, else None."""
         mine = self.segments

@@ -8,7 +8,6 @@ route matches is remembered, bounded.
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 import json
 import re
@@ -220,7 +219,7 @@ class Registry:
             match = candidate.match
             if match.payload is not None and not match.payload.accepts(uplink.data):
                 continue
-            if match.devices and not _allowed(device_id, match.devices):
+            if match.devices and not match.allows(device_id):
                 continue
             if entry is None:
                 return candidate.profile, match
@@ -231,6 +230,13 @@ class Registry:
         if first is None or entry is None:
             return None
         return self._override(entry, first.profile), first.match
+
+    def excluded(self, uplink: Uplink) -> Profile | None:
+        """Return the first profile that matches ``uplink`` but for the devices that it allows."""
+        return next(
+            (c.profile for c in self.candidates(uplink.protocol, uplink.route) if not c.match.allows(uplink.device_id)),
+            None,
+        )
 
     def match(self, uplink: Uplink) -> Profile | None:
         """Return the profile of ``uplink``, None where nothing matches."""
@@ -275,10 +281,6 @@ def _probe(protocol: str, route: str, data: bytes) -> Uplink:
         data=data,
         metadata={},
     )
-
-
-def _allowed(device_id: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(device_id, pattern) for pattern in patterns)
 
 
 def _covers(general: str, special: str) -> bool:

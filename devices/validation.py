@@ -1,8 +1,8 @@
 """Validation, value by value: what breaks a rule is taken out and said, what is left goes on.
 
-Guarantees: what leaves here holds no NaN and no infinity, no text that a store cannot hold, no sample more than 24 h
-ahead of its arrival; a reading without a rejected value passes as the same object. A value None means *missing* (the
-device says that it has none) and passes. Pure: no clock.
+Guarantees: what leaves here holds no NaN and no infinity, no text that a store cannot hold, no sample further ahead of
+its arrival than ``max_ahead`` (24 h); a reading without a rejected value passes as the same object. A value None means
+*missing* (the device says that it has none) and passes. Pure: no clock.
 """
 
 from __future__ import annotations
@@ -123,11 +123,13 @@ def _shrink(reading: Reading, bad: dict[int, str]) -> Reading:
     )
 
 
-def validate(readings: Sequence[Reading], profile: Profile, received_at: datetime) -> Validated:
+def validate(
+    readings: Sequence[Reading], profile: Profile, received_at: datetime, max_ahead: timedelta = MAX_AHEAD
+) -> Validated:
     """Check every value of ``readings`` against ``profile`` and against what stores can hold."""
     kept: list[Reading] = []
     rejections: list[Rejection] = []
-    latest = received_at + MAX_AHEAD
+    latest = received_at + max_ahead
     checked_at: datetime | None = None
     ahead = False
     for reading in readings:

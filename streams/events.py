@@ -56,6 +56,8 @@ class StageEvents(Listener):
         self._letters = Digest(clock, first=FIRST_DEAD_LETTERS)
         self._drops = Digest(clock)
         self._values = Digest(clock)
+        self._refusals = Digest(clock)
+        self._slow = Digest(clock)
 
     def retry(self, app: App, exc: BaseException, kind: FailureClass, delay_seconds: float) -> None:
         """A handler failed and is called again."""
@@ -147,6 +149,30 @@ class StageEvents(Listener):
             log.warning(
                 "Device %s: value refused, %s/%s = %.80r: %s%s", device_id, index, label, value, reason, _more(held)
             )
+
+    def refused(self, reason: str, device_id: str, why: str) -> None:
+        """A device's message was refused as a whole."""
+        metrics.REFUSED.labels(reason).inc()
+        held = self._refusals.admit(reason)
+        if held is not None:
+            log.warning("Device %s: message refused (%s): %s%s", device_id, reason, why, _more(held))
+
+    def slow_driver(self, driver: str, seconds: float, *, aside_seconds: float | None) -> None:
+        """A driver's call took longer than its limit; with ``aside_seconds`` it is not called for so long."""
+        metrics.DRIVER_SLOW_CALLS.labels(driver).inc()
+        if aside_seconds is not None:
+            metrics.DRIVER_ASIDES.labels(driver).inc()
+            log.error(
+                "Driver %s keeps taking longer than DRIVER_LIMIT_SECONDS (%.3f s now) and is set aside for %.0f s: its "
+                "messages become dead letters (driver_aside), to be replayed once it is mended",
+                driver,
+                seconds,
+                aside_seconds,
+            )
+            return
+        held = self._slow.admit(driver)
+        if held is not None:
+            log.warning("Driver %s took %.3f s for one message%s", driver, seconds, _more(held))
 
 
 EVENTS = StageEvents()

@@ -45,6 +45,11 @@ class Feed(Service):
         self._caught_up: asyncio.Event | None = None
         super().__init__(**kwargs)
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether all that the topic held at the start has been handed over."""
+        return self._caught_up is not None and self._caught_up.is_set()
+
     async def ready(self) -> None:
         """Wait until all that the topic held at the start has been handed over."""
         if self._caught_up is None:

@@ -46,6 +46,13 @@ from streams.resilience.accounts import INTENDED_DROPS
 REGISTRY = CollectorRegistry()
 RETRIES = Counter("headrace_retries", "Handlers called again", ["stage", "class"], registry=REGISTRY)
 REJECTED_VALUES = Counter("headrace_rejected_values", "Values refused by validation", registry=REGISTRY)
+REFUSED = Counter("headrace_refused_messages", "Device messages refused as a whole", ["reason"], registry=REGISTRY)
+DRIVER_SLOW_CALLS = Counter(
+    "headrace_driver_slow_calls", "Calls that took longer than DRIVER_LIMIT_SECONDS", ["driver"], registry=REGISTRY
+)
+DRIVER_ASIDES = Counter(
+    "headrace_driver_asides", "Times that a driver was set aside for being slow", ["driver"], registry=REGISTRY
+)
 HANDLER_SECONDS = Histogram(
     "headrace_handler_seconds",
     "Time of one chunk in its handler",

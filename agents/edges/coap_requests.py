@@ -16,7 +16,7 @@ from aiocoap.numbers import codes
 from aiocoap.numbers.codes import Code
 
 from devices.driver import Driver
-from devices.model import DecodeError, Uplink
+from devices.model import AnotherDevice, DecodeError, Uplink
 from devices.profiles import usable_device_id
 from devices.registry import Candidate, Registry
 
@@ -36,11 +36,14 @@ _METHODS: Final = {codes.GET: "GET", codes.POST: "POST", codes.PUT: "PUT", codes
 class Refusal(Exception):
     """A request that is answered and not taken; ``reason`` is what it is counted under."""
 
-    def __init__(self, code: int, message: str, reason: str, *, size1: int | None = None) -> None:
+    def __init__(
+        self, code: int, message: str, reason: str, *, size1: int | None = None, max_age: int | None = None
+    ) -> None:
         super().__init__(message)
         self.code = Code(code)
         self.reason = reason
         self.size1 = size1
+        self.max_age = max_age
 
 
 class Found(NamedTuple):
@@ -138,7 +141,10 @@ class Judge:
         self, path: str, method: str, candidates: tuple[Candidate, ...], data: bytes, content_format: int | None
     ) -> Found:
         """Return the match of a whole request; raises Refusal (4.00, 4.15)."""
-        found = next((c for c in candidates if c.match.payload is None or c.match.payload.accepts(data)), None)
+        read = [c for c in candidates if c.match.payload is None or c.match.payload.accepts(data)]
+        # Of profiles that would read it, the first that allows the device that the path names.
+        allowed = (c for c in read if c.device_id is None or c.match.allows(c.device_id))
+        found = next(allowed, read[0] if read else None)
         if found is None:
             raise Refusal(codes.BAD_REQUEST, f"no profile reads these {len(data)} bytes on /{path:.80}", "bad_request")
         driver = self.registry.driver(found.profile)
@@ -163,8 +169,13 @@ class Judge:
             # JSON is judged later, by the normalizer; what is none has to be something that the driver reads.
             try:
                 driver.decode(uplink_of(route, data, device_id=device_id), candidate.profile)
+            except AnotherDevice as exc:
+                raise Refusal(codes.FORBIDDEN, f"{exc}"[:200], "another_device") from exc
             except DecodeError as exc:
                 raise Refusal(codes.BAD_REQUEST, f"{exc}"[:200], "bad_request") from exc
+        if not candidate.match.allows(device_id):
+            text = f"profile {candidate.profile.name} does not allow device {device_id:.80}"
+            raise Refusal(codes.FORBIDDEN, text, "device_not_allowed")
         if identity is not None and identity != device_id:
             text = f"the message is of device {device_id:.80}, the key is {identity:.80}'s"
             raise Refusal(codes.FORBIDDEN, text, "another_device")
@@ -200,6 +211,8 @@ def diagnostic(refusal: Refusal) -> Message:
     message = Message(code=refusal.code, payload=str(refusal).encode())
     if refusal.size1 is not None:
         message.opt.size1 = refusal.size1
+    if refusal.max_age is not None:
+        message.opt.max_age = refusal.max_age
     return message
 
 

@@ -21,7 +21,7 @@ from devices.efento import commands, samples
 from devices.efento import messages as m
 from devices.efento.samples import Sample
 from devices.jsontext import EPOCH
-from devices.model import DecodeError, Reading, Uplink, Value
+from devices.model import AnotherDevice, DecodeError, Reading, Uplink, Value
 from devices.profiles import Profile
 
 OCTET_STREAM: Final = 42
@@ -57,7 +57,7 @@ def _parse(uplink: Uplink) -> tuple[Any, str]:
     else:
         raise DecodeError(f"the path {uplink.route!r:.80} is none of an Efento device's: m, i, c, t")
     if uplink.device_id and device_id != uplink.device_id:
-        raise DecodeError(f"the message is of device {device_id}, it came as {uplink.device_id!r:.80}")
+        raise AnotherDevice(f"the message is of device {device_id}, it came as {uplink.device_id!r:.80}")
     return message, device_id
 
 

@@ -299,10 +299,11 @@ def test_what_is_no_message_is_poison(data: Any, path: Any) -> None:
         read(data, path)
 
 
-def test_message_of_another_device_is_poison() -> None:
-    """A message whose serial number is not the device that it came as is refused."""
-    with pytest.raises(DecodeError, match="it came as 'other'"):
+def test_message_of_another_device_is_refused() -> None:
+    """A message whose serial number is not the device that it came as is no dead letter of class poison."""
+    with pytest.raises(Refused, match="it came as 'other'") as caught:
         read(measurements(channel("TEMPERATURE", [1])), device_id="other")
+    assert caught.value.reason == "another_device"
 
 
 # Answers

@@ -22,7 +22,7 @@ import msgspec
 from devices import brokered
 from devices.driver import CommandTraits, Downlink, Driver, Feedback, JsonSchema
 from devices.fluxor import frame
-from devices.model import CommandError, DecodeError, Reading, Uplink
+from devices.model import AnotherDevice, CommandError, DecodeError, Reading, Uplink
 from devices.profiles import Profile, Shape
 
 _CONTROL: Final[list[list[Any]]] = [frame.bits(value, 8) for value in range(256)]
@@ -167,7 +167,7 @@ class FluxorDriver(Driver):
         fields = _fields(uplink)
         device_id = uplink.device_id
         if str(fields[0]) != device_id:
-            raise DecodeError(f"the frame is of device {fields[0]}, its topic says {device_id!r}")
+            raise AnotherDevice(f"the frame is of device {fields[0]}, its topic says {device_id!r}")
         reg_typ = fields[2]
         memory = fields[1] & frame.HW_MEMORY
         key = (fields[3:7], reg_typ & frame.REG_TEMPERATURE, memory)

@@ -17,7 +17,7 @@ import msgspec
 from devices import brokered, jsontext
 from devices.driver import CommandTraits, Downlink, Driver, Feedback, JsonSchema
 from devices.light_controller import schedule
-from devices.model import DecodeError, Reading, Uplink, Value
+from devices.model import AnotherDevice, Reading, Uplink, Value
 from devices.profiles import Profile
 
 _TASK_LABELS: Final = ("operation", *schedule.TASK_FIELDS)
@@ -73,7 +73,7 @@ class LightControllerDriver(Driver):
         """Return the one reading of the message."""
         message = schedule.parse(uplink.data)
         if str(message.device_id) != uplink.device_id:
-            raise DecodeError(f"the message is of device {message.device_id}, its topic says {uplink.device_id!r}")
+            raise AnotherDevice(f"the message is of device {message.device_id}, its topic says {uplink.device_id!r}")
         sampled_at = jsontext.from_epoch(message.epoch) if message.epoch else uplink.received_at
         index = "SCHEDULE" if message.header & schedule.ALL else f"TASK_{message.task_id}"
         labels: tuple[str, ...] = ("operation",)

@@ -18,7 +18,7 @@ import msgspec
 
 from devices import fields, jsontext
 from devices.driver import CommandTraits, Downlink, Driver, Feedback, JsonSchema
-from devices.model import CommandError, DecodeError, Reading, Uplink, Value
+from devices.model import AnotherDevice, CommandError, DecodeError, Reading, Uplink, Value
 from devices.profiles import Profile
 
 CORRELATION: Final = "headrace:"
@@ -57,10 +57,11 @@ def _message(uplink: Uplink) -> dict[str, Any]:
 
 def _device(message: Mapping[str, Any], uplink: Uplink) -> dict[str, Any]:
     ids = _object(message, "end_device_ids")
-    if ids.get("device_id") != uplink.device_id:
-        raise DecodeError(
-            f"the message is of device {ids.get('device_id')!r:.80}, its topic says {uplink.device_id!r:.80}"
-        )
+    named = ids.get("device_id")
+    if not isinstance(named, str):
+        raise DecodeError("the message has no end_device_ids.device_id")
+    if named != uplink.device_id:
+        raise AnotherDevice(f"the message is of device {named!r:.80}, its topic says {uplink.device_id!r:.80}")
     return ids
 
 

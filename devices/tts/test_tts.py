@@ -10,6 +10,7 @@ import pytest
 
 from devices import testing
 from devices.model import CommandError, DecodeError
+from devices.pipeline import Refused
 from devices.testing import readme_shows, table, uplink
 from devices.tts.driver import TtsDriver
 
@@ -60,7 +61,6 @@ def test_an_empty_frame() -> None:
         "",
         "[]",
         "{}",
-        {**VECTOR["uplink"], "end_device_ids": {"device_id": "other"}},
         {**VECTOR["uplink"], "uplink_message": None},
         {**VECTOR["uplink"], "uplink_message": []},
         message(decoded_payload=[1]),
@@ -73,9 +73,16 @@ def test_an_empty_frame() -> None:
     ids=lambda d: str(d)[:20],
 )
 def test_what_is_no_uplink_is_poison(data: Any) -> None:
-    """No uplink, another device, no base64, no time: DecodeError."""
+    """No uplink, no device, no base64, no time: DecodeError."""
     with pytest.raises(DecodeError):
         read(data)
+
+
+def test_an_uplink_of_another_device_is_refused() -> None:
+    """The payload must name the topic's device."""
+    with pytest.raises(Refused) as caught:
+        read({**VECTOR["uplink"], "end_device_ids": {"device_id": "other"}})
+    assert caught.value.reason == "another_device"
 
 
 def test_downlink() -> None:

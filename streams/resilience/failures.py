@@ -6,6 +6,7 @@
     ├── Retryable        infrastructure is away: the same events again, with backoff, for ever
     ├── Poison           this message can never succeed: dead letter at once, class ``poison``
     │   └── Rejected     understood and refused (no profile, nothing valid left): class ``rejected``
+    │       └── SetAside what would handle it is out of service for a while; no sign of a wrong deployment
     └── Fatal            the program or its configuration is wrong: the worker ends, non-zero
 
 Whatever is none of these is looked up by SQLSTATE or SMTP code, then by type, walking ``__cause__``. What nobody has
@@ -48,6 +49,10 @@ class Poison(HeadraceError):
 
 class Rejected(Poison):
     """This message was understood and refused."""
+
+
+class SetAside(Rejected):
+    """What would handle this message is out of service for a while; the dead-letter guard does not count it."""
 
 
 class Fatal(HeadraceError):

@@ -17,7 +17,7 @@ from faust.types import TP
 
 from streams.resilience.chunks import Chunk, failure_of
 from streams.resilience.deadletter import headers_of
-from streams.resilience.failures import FailureClass, Retryable, classify
+from streams.resilience.failures import FailureClass, Retryable, SetAside, classify
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import Outgoing
 from streams.resilience.redelivery import Redelivery
@@ -239,7 +239,7 @@ class Settling:
         count, first = self._count_attempt(delivery.tp, record.offset)
         if kind is FailureClass.UNCLASSIFIED and count < self.app.resilience.max_attempts:
             return None
-        if not self.app.guard.allows(record.key, str(exc)):
+        if not isinstance(exc, SetAside) and not self.app.guard.allows(record.key, str(exc)):
             self.app.on_guard()
             return None
         name = _LETTER_KINDS.get(kind, "exhausted")

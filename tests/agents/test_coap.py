@@ -13,7 +13,8 @@ from aiocoap.numbers import codes
 from agents import coap
 from agents.edges.coap_arrivals import Arrival, Batch, Event, State
 from agents.edges.coap_exchanges import Exchange, Peer
-from agents.edges.coap_requests import Found
+from agents.edges.coap_requests import Found, Refusal, diagnostic
+from agents.registered import Registered
 from devices.registry import Registry
 from streams import topics
 from streams.messages import Device, RawMessage, decoder
@@ -115,13 +116,15 @@ def test_the_accounts_add_up() -> None:
     assert accounts.dropped["another_device"] >= 1
 
 
-def test_devices_of_the_topic_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`iot_devices` makes a device known, and takes it back."""
-    registry = Registry.load(coap.coap.settings.config_path)
-    monkeypatch.setattr(coap, "_registry", registry)
-    coap.configured("dev-9", Device(device_id="dev-9"))
+def test_nobody_is_unknown_before_the_topic_of_devices_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UNKNOWN_DEVICES=reject: 5.03 with Max-Age until `iot_devices` has been read, for all that is not known yet."""
+    registered = Registered(Registry.load(coap.coap.settings.config_path))
+    monkeypatch.setattr(coap, "_registered", registered)
+    registered.take("dev-9", Device(device_id="dev-9"))
     assert coap.known("dev-9")
-    coap.configured("dev-9", Device(device_id="dev-9", active=False))
-    assert not coap.known("dev-9")
-    coap.configured("dev-9", None)
-    assert not coap.known("dev-9")
+    with pytest.raises(Refusal, match="come again") as caught:
+        coap.known("dev-8")
+    assert (caught.value.code, caught.value.max_age) == (codes.SERVICE_UNAVAILABLE, 30)
+    assert diagnostic(caught.value).opt.max_age == 30
+    monkeypatch.setattr(Registered, "complete", True)
+    assert not coap.known("dev-8")

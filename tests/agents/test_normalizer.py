@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 
-from agents.normalizer import normalize
-from streams import topics
-from streams.messages import RawMessage, Reading, decoder, encode
-from streams.resilience.chunks import Chunk
+from agents.normalizer import Normalizer, normalize
+from devices.registry import Registry
+from devices.timing import STRIKES, DriverTimes
+from streams import metrics, topics
+from streams.messages import Device, RawMessage, Reading, decoder, encode
+from streams.resilience.chunks import Chunk, Out
 from streams.resilience.deadletter import header
+from streams.resilience.failures import Rejected, SetAside
 
 VECTOR = json.loads((Path(__file__).parents[2] / "devices" / "fluxor" / "vectors.json").read_text())[0]
 READINGS = decoder(Reading)
+CONFIG = Path(__file__).parents[2] / "config"
 
 
 def raw(
@@ -111,3 +115,54 @@ async def test_a_value_out_of_range_leaves_the_others() -> None:
         await agent.put(raw('{"good": 1, "huge": 1e999, "ts": 1700000000}'))
     found = sent()
     assert [topic for topic, _, _ in found] in ([topics.validated_data.name], [topics.errors.name])
+
+
+async def test_a_device_that_claims_to_be_another_is_rejected_and_counted() -> None:
+    """One dead letter of class rejected, one more of the reason in the metrics."""
+    before = refused("another_device")
+    message = raw(VECTOR["mqtt_payload_ascii_hex"], topic="broker_data/b1/4711/data")
+    async with normalize.test_context() as agent:
+        await agent.put(message)
+    ((topic, _, _, headers),) = normalize.app.captured
+    assert (topic, header(headers or [], "dlq-class")) == (topics.errors.name, "rejected")
+    assert refused("another_device") == before + 1
+
+
+def refused(reason: str) -> float:
+    """Return how many messages were refused for that reason."""
+    return metrics.REGISTRY.get_sample_value("headrace_refused_messages_total", {"reason": reason}) or 0.0
+
+
+def test_unknown_devices_of_mqtt_are_rejected_those_of_coap_were_judged_before() -> None:
+    """UNKNOWN_DEVICES=reject holds for MQTT here, and a registered device gets in."""
+    here = Normalizer(Registry.load(CONFIG), reject_unknown=True)
+    out = Out()
+    with pytest.raises(Rejected, match="unknown_device"):
+        here.to_readings(raw('{"t": 1}'), out)
+    coap = raw('{"t": 1}')
+    coap.protocol, coap.metadata = "coap", {"uri_path": "telemetry/d1"}
+    here.to_readings(coap, out)
+    here.registered.take("d1", Device(device_id="d1"))
+    here.to_readings(raw('{"t": 1}'), out)
+    assert len(out._sent) == 2
+
+
+def test_a_slow_driver_is_set_aside_and_the_others_go_on() -> None:
+    """Its messages become dead letters that the guard does not count; another driver's are read."""
+    now = 0.0
+
+    def wall() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    here = Normalizer(Registry.load(CONFIG), times=DriverTimes(0.5, 1000.0, wall=wall))
+    out = Out()
+    for _ in range(STRIKES):
+        here.to_readings(raw('{"t": 1}'), out)
+    with pytest.raises(SetAside, match="driver plain_json keeps taking longer"):
+        here.to_readings(raw('{"t": 1}'), out)
+    frame = raw(VECTOR["mqtt_payload_ascii_hex"], topic=f"broker_data/b1/{VECTOR['device_id']}/data")
+    count = len(out._sent)
+    here.to_readings(frame, out)
+    assert len(out._sent) > count

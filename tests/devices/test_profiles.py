@@ -1,5 +1,6 @@
 """Profiles: what is wrong is said all at once, with its line; what matches is found fast and by the first match."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from devices.configfile import ConfigErrors
 from devices.pipeline import Refused, read
 from devices.profiles import MAX_CACHED, Match, Profile, compile_profile
 from devices.registry import DeviceEntry, Registry, driver_class
-from devices.testing import uplink
+from devices.testing import NOW, uplink
 
 SHIPPED = Path("config")
 
@@ -189,6 +190,57 @@ def test_devices_of_a_match(tmp_path: Any) -> None:
     registry = Registry.load(folder(tmp_path, a=text))
     assert registry.match(uplink("{}", "weather/st-1", device_id="st-1")) is not None
     assert registry.match(uplink("{}", "weather/other", device_id="other")) is None
+    with pytest.raises(Refused, match="profile weather's, which does not allow device 'other'") as caught:
+        read(uplink("{}", "weather/other", device_id="other"), registry)
+    assert caught.value.reason == "device_not_allowed"
+
+
+LIGHT = "2c5d200017b0816820ff9fff0f"
+
+
+@pytest.mark.parametrize(
+    ("data", "route", "protocol", "device_id"),
+    [
+        (LIGHT, "broker_data/b1/999/scheduler_data", "mqtt", "999"),
+        ("2c5d2000" + "00" * 39, "broker_data/b1/999/data", "mqtt", "999"),
+        (b"\x0a\x06\x28\x2c\x02\x42\x4e\xed", "m", "coap", "282c02424eee"),
+    ],
+    ids=["light controller", "fluxor", "efento"],
+)
+def test_a_payload_of_another_device_is_refused(data: str | bytes, route: str, protocol: str, device_id: str) -> None:
+    """A message whose payload names another device than its topic is no message of either: refused, not poison."""
+    with pytest.raises(Refused) as caught:
+        read(uplink(data, route, protocol=protocol, device_id=device_id), Registry.load(SHIPPED))
+    assert caught.value.reason == "another_device"
+
+
+def test_plain_json_may_name_its_device(tmp_path: Any) -> None:
+    """Option device_field: the field is no value, and must be the topic's device."""
+    registry = Registry.load(folder(tmp_path, a=PROFILE + "options: {device_field: id}\n"))
+    assert len(read(uplink('[{"t": 1, "id": "d1"}, {"t": 2}]', "weather/d1"), registry).readings) == 2
+    with pytest.raises(Refused) as caught:
+        read(uplink('[{"t": 1, "id": "d1"}, {"t": 2, "id": "d2"}]', "weather/d1"), registry)
+    assert caught.value.reason == "another_device"
+
+
+def test_unknown_devices_are_refused_where_that_is_wanted() -> None:
+    """With `known`, data of others is refused; a broker's feedback names no device and passes."""
+    registry = Registry.load(SHIPPED)
+    with pytest.raises(Refused) as caught:
+        read(uplink('{"t": 1}', "devices/d1/telemetry"), registry, known={"d2"}.__contains__)
+    assert caught.value.reason == "unknown_device"
+    feedback = uplink('{"uid": "r-1", "status": 1}', "broker_data/7/feedback", device_id="7")
+    assert read(feedback, registry, known=set().__contains__).feedback is not None
+
+
+def test_the_bound_of_a_sample_s_future_can_be_set() -> None:
+    """READING_FUTURE_LIMIT_SECONDS: a sample an hour ahead passes with a day, and not with a minute."""
+    registry = Registry.load(SHIPPED)
+    later = (NOW + timedelta(hours=1)).isoformat()
+    ahead = uplink(f'{{"t": 1, "ts": "{later}"}}', "devices/d1/telemetry")
+    assert len(read(ahead, registry).readings) == 1
+    with pytest.raises(Refused):
+        read(ahead, registry, max_ahead=timedelta(minutes=1))
 
 
 def test_device_overrides(tmp_path: Any) -> None:

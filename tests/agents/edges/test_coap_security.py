@@ -19,6 +19,7 @@ from aiocoap.numbers import codes
 
 from agents.edges.coap_oscore import DeviceContext, OscoreShield, sequence_file
 from agents.edges.coap_security import KeysError, OscoreKey, load_security
+from devices.efento import messages
 from tests.agents.edges import clients
 from tests.agents.edges.clients import with_dtls
 from tests.agents.edges.coap import Site, raw, request, site, until
@@ -89,6 +90,15 @@ async def test_nobody_speaks_for_another_device(tmp_path: Path) -> None:
             assert (await plain.next()).code == codes.UNAUTHORIZED
         assert here.kafka.records == []
         assert (here.counts["another_device"], here.counts["not_secured"]) == (1, 1)
+
+
+async def test_a_payload_of_another_device_is_refused_under_a_key(tmp_path: Path) -> None:
+    """An Efento message is of the serial number in it: 4.03 and counted under the key of another device."""
+    of_another = messages.MEASUREMENTS(serial_num=bytes.fromhex("282c02424eed"), battery_status=True)
+    async with site(**secured(tmp_path)) as here, device(here, tmp_path / "client") as post:
+        assert (await post("m", of_another.SerializeToString())).code == codes.FORBIDDEN
+        assert here.kafka.records == []
+        assert here.counts["another_device"] == 1
 
 
 async def test_a_replay_gets_nothing_in(tmp_path: Path) -> None:
@@ -216,6 +226,11 @@ async def test_dtls_gets_in_and_names_its_device(tmp_path: Path) -> None:
         assert (await dtls_post(uri, "telemetry/dev-8")).code == codes.FORBIDDEN
         assert [a.device_id for a in here.kafka.records] == ["dev-7"]
         assert here.kafka.records[0].metadata["security"] == "dtls"
+        async with raw(here.server.address) as plain:
+            plain.send(request("telemetry/dev-7", JSON))
+            assert (await plain.next()).code == codes.UNAUTHORIZED
+        assert len(here.kafka.records) == 1
+        assert (here.counts["another_device"], here.counts["not_secured"]) == (1, 1)
 
 
 @pytest.mark.parametrize(("key", "identity"), [(b"wrong", b"sensor-7"), (b"super-secret", b"nobody")])

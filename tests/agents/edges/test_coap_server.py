@@ -21,8 +21,9 @@ from aiocoap.numbers.types import ACK, CON, NON
 
 from agents.edges.coap_arrivals import Event
 from devices.efento import messages
+from devices.registry import Registry
 from tests.agents.edges import clients
-from tests.agents.edges.coap import REGISTRY, Lossy, Site, raw, request, site, until
+from tests.agents.edges.coap import CONFIG, REGISTRY, Lossy, Site, raw, request, site, until
 
 VECTORS = json.loads((Path(__file__).parents[3] / "devices" / "efento" / "vectors.json").read_text())
 JSON = b'{"t": 21.5}'
@@ -322,6 +323,19 @@ async def test_unknown_devices_can_be_refused(client: aiocoap.Context) -> None:
         assert (await ask(client, here, "telemetry/other", JSON)).code == codes.FORBIDDEN
         assert (await ask(client, here, "telemetry/mine", JSON)).code == codes.CHANGED
         assert here.counts["unknown_device"] == 1
+
+
+async def test_devices_that_a_profile_does_not_allow(client: aiocoap.Context, tmp_path: Path) -> None:
+    """4.03 and counted for a device that no profile of the path allows; the allowed one gets in."""
+    text = (CONFIG / "profiles" / "plain_json.yaml").read_text()
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "mine.yaml").write_text(
+        text.replace("path: telemetry/{device_id}", "path: telemetry/{device_id}\n    devices: ['mine-*']")
+    )
+    async with site(Registry.load(tmp_path)) as here:
+        assert (await ask(client, here, "telemetry/other", JSON)).code == codes.FORBIDDEN
+        assert (await ask(client, here, "telemetry/mine-1", JSON)).code == codes.CHANGED
+        assert here.counts["device_not_allowed"] == 1
 
 
 async def test_thirty_percent_loss_costs_no_message_and_no_copy() -> None:

@@ -201,7 +201,8 @@ async def test_connectors_of_a_shared_group_share_the_messages(broker: Mosquitto
 
 
 async def test_tls_with_a_client_certificate_and_a_password(tmp_path: Path) -> None:
-    """mqtts:// with an authority of one's own, a client certificate, user and password (percent-encoded)."""
+    """mqtts:// with an authority of one's own, a client certificate, user and password (percent-encoded); none gets in
+    without the certificate."""
     files = make_certificates(tmp_path)
     subprocess.run(["mosquitto_passwd", "-c", "-b", str(tmp_path / "passwords"), "us er", "p@ss:/1"], check=True)
     (tmp_path / "passwords").chmod(0o644)
@@ -224,6 +225,11 @@ async def test_tls_with_a_client_certificate_and_a_password(tmp_path: Path) -> N
         assert "refused" in wrong.source.status().detail
         assert "no%3A" not in wrong.source.status().detail
         await wrong.__aexit__()
+    async with asyncio.timeout(30):
+        nobody = Rig(url, tls=TlsFiles(str(files.ca))).start()
+        await until(lambda: nobody.events.get(SourceEvent.CONNECT_FAILED, 0) > 1)
+        assert not nobody.source.healthy()
+        await nobody.__aexit__()
     broker.end()
 
 
