@@ -68,6 +68,7 @@ def evaluate(
     if not believed:
         new.since = None
         new.hits = ()
+        new.floor = 0.0
 
     if new.life and new.cause is Reason.NO_DATA:
         events += (_resolve(rule, new, (sample_time, now), brief(value), Reason.DATA_IS_BACK, muted=muted),)
@@ -224,6 +225,8 @@ def close(state: AlarmState, now: float, reason: Reason, *, silent: bool = False
         events = (_resolved(new, now, None, reason, notify=bool(new.told) and not silent),)
         new.closed += 1
     _forget(new)
+    # What has counted towards something that is over counts towards nothing else, however often it comes.
+    new.floor = new.time
     return new, events
 
 
@@ -367,7 +370,7 @@ def _count(rule: Prepared, new: AlarmState, time: float, *, hit: bool) -> None:
 
 def _count_late(rule: Prepared, state: AlarmState, value: Any, time: float) -> AlarmState:
     """Count a late hit, once, inside the window of the newest sample; if that suffices, the next sample decides."""
-    if rule.raises is None or state.rule != rule.fingerprint or time < state.time - rule.within:
+    if rule.raises is None or state.rule != rule.fingerprint or time < state.time - rule.within or time <= state.floor:
         return state
     place = bisect_left(state.hits, time)
     if place < len(state.hits) and state.hits[place] == time:

@@ -152,6 +152,7 @@ class AlarmState(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     value: Any = msgspec.field(default=None, name="v")  # last value, where something will ask for it
     since: float | None = msgspec.field(default=None, name="p")  # first sample of a run that waits for its duration
     hits: tuple[float, ...] = msgspec.field(default=(), name="h")  # sample times, for ``repeat``; at most ``count``
+    floor: float = msgspec.field(default=0.0, name="f")  # sample time up to which hits have counted, and are forgotten
     life: Life = msgspec.field(default=Life.QUIET, name="l")
     start: float = msgspec.field(default=0.0, name="b")  # of the open alarm
     cause: Reason = msgspec.field(default=Reason.CONDITION, name="c")

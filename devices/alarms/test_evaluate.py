@@ -18,7 +18,7 @@ BASE = 1_750_000_000.0
 WIDE = Limits(max_age_seconds=1e9, max_ahead_seconds=1e9)
 Sample = tuple[float, Any]
 
-values = st.one_of(st.integers(0, 10), st.sampled_from([None, math.nan, "text", True, 7.5]))
+values = st.one_of(st.integers(0, 10), st.sampled_from([None, math.nan, "text", "x", True, 7.5]))
 
 
 @st.composite
@@ -26,7 +26,11 @@ def rules(draw: st.DrawFn) -> AlarmRule:
     op: Any = draw(st.sampled_from([">", ">=", "<", "<=", "==", "!=", "in", "outside", "changed"]))
     threshold: Any = draw(st.integers(3, 7))
     clear = None
-    if op in ("in", "outside"):
+    if op in ("==", "!=") and draw(st.booleans()):
+        threshold = "text"
+    elif op in ("in", "outside") and draw(st.booleans()):
+        threshold = ["text", "other"]
+    elif op in ("in", "outside"):
         threshold = [threshold - 2, threshold + 1]
     elif op == "changed":
         threshold = draw(st.sampled_from([None, 2]))
@@ -117,9 +121,13 @@ def reference(rule: AlarmRule, readings: list[Sample], end: float) -> list[tuple
     """Second by second, from the rule's text: (kind, start of the alarm, when)."""
     number = {"<": -1, "<=": -1}.get(rule.math_operator, 1)
 
+    texts = isinstance(rule.threshold, str) or (isinstance(rule.threshold, list) and isinstance(rule.threshold[0], str))
+
     def comparable(value: Any) -> bool:
         if rule.math_operator == "changed":
             return value is not None and value == value  # noqa: PLR0124
+        if texts:
+            return isinstance(value, str)
         return isinstance(value, int | float) and not math.isnan(value)
 
     def met(value: Any, threshold: Any) -> bool:
@@ -131,7 +139,8 @@ def reference(rule: AlarmRule, readings: list[Sample], end: float) -> list[tuple
             case "==" | "!=":
                 return bool(value == threshold) is (rule.math_operator == "==")
             case _:
-                return bool(threshold[0] <= value <= threshold[1]) is (rule.math_operator == "in")
+                within = value in threshold if texts else threshold[0] <= value <= threshold[1]
+                return bool(within) is (rule.math_operator == "in")
 
     def hit(at: int) -> bool | None:
         value = readings[at][1]
@@ -256,6 +265,43 @@ def test_alternation_whatever_happens(rule: AlarmRule, readings: list[Sample], s
             else:
                 state, events = close(state, now, Reason.NOT_APPLICABLE)
             check(events)
+
+
+@given(
+    rules(),
+    samples,
+    st.lists(st.tuples(st.sampled_from(["tick", "ack", "edit", "close", "again"]), st.integers(0, 30)), max_size=40),
+    st.data(),
+)
+def test_a_redelivery_changes_nothing_whenever_it_comes(
+    rule: AlarmRule, readings: list[Sample], steps: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    """Whatever timers, acknowledgements, edits and closings came in between, what has counted counts no more."""
+    edited = deepcopy(rule)
+    edited.no_data_seconds = 17
+    forms = [Prepared(rule, WIDE), Prepared(edited, WIDE)]
+    state, now = AlarmState(), BASE
+    counted: list[Sample] = []
+    for position in range(max(len(readings), len(steps))):
+        if position < len(readings):
+            time, value = readings[position]
+            state, _ = evaluate(forms[0], state, value, time, now)
+            counted.append(readings[position])
+        if position < len(steps):
+            what, wait = steps[position]
+            now += wait
+            if what == "tick":
+                state, _ = tick(forms[0], state, now)
+            elif what == "ack":
+                state, _ = acknowledge(state, now)
+            elif what == "edit":
+                forms.reverse()
+                state, _ = rule_changed(forms[1].rule, forms[0].rule, state, now)
+            elif what == "close":
+                state, _ = close(state, now, Reason.NOT_APPLICABLE)
+            elif counted:
+                time, value = data.draw(st.sampled_from(counted))
+                assert evaluate(forms[0], state, value, time, now) == (state, ())
 
 
 def rule(**fields: Any) -> AlarmRule:
