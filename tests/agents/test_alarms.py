@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agents import alarms
@@ -223,6 +224,59 @@ async def test_a_rule_that_is_taken_away_closes_its_alarm(hall: Hall, records: A
     assert hall.told == [("hot", "opened"), ("hot", "resolved")]
     assert hall.alerts[1].metadata["reason"] == "rule_removed"
     assert hall.table == {}
+
+
+async def test_an_edited_rule_counts_from_the_next_reading_on(hall: Hall, records: Any) -> None:
+    """Another text keeps the open alarm and is what its closing says; another threshold resolves it and says why."""
+    async with alarms.evaluate.test_context() as agent:
+        await agent.put(chunk(records, reading(41, 1)))
+        assert alarms._alarms is not None
+        knowledge = alarms._alarms.knowledge
+        knowledge.take_rule("hot", msgspec.structs.replace(HOT, level="CRITICAL", recipients=["b@example.org"]))
+        await agent.put(chunk(records, reading(42, 2)))
+        assert hall.told == [("hot", "opened")]
+        knowledge.take_rule("hot", msgspec.structs.replace(HOT, threshold=50, clear_threshold=None))
+        await agent.put(chunk(records, reading(43, 3)))
+        await agent.put(chunk(records, reading(51, 4)))
+    assert hall.told == [("hot", "opened"), ("hot", "resolved"), ("hot", "opened")]
+    _, closed, again = hall.alerts
+    assert closed.metadata["reason"] == "rule_changed"
+    assert (again.threshold, again.error_value) == (50, 51)
+    assert again.id != closed.id
+
+
+async def test_the_hosts_clock_is_set_back(hall: Hall, records: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silence starts over its wait, once, and is then told; the readings of the right time count again."""
+    silent = AlarmRule(id="silent", profile="p", index="T", label="t", no_data_seconds=60)
+    hall.restart(silent, HOT)
+    right = time.time()
+    clock = [right + 86_400]
+    monkeypatch.setattr(alarms.time, "time", lambda: clock[0])
+    monkeypatch.setattr(alarms, "reach", lambda *_: Reach(9, 9))
+    device = Device(device_id="d1", profile="p", name="", tags=[])
+    assert alarms._alarms is not None
+    alarms._alarms.knowledge.take_device("d1", device)
+
+    async def tick(seconds: float) -> None:
+        clock[0] += seconds
+        async with alarms.pass_time.test_context() as agent:
+            await agent.put(chunk(records, Tick(datetime.now(UTC), 0), decode=TICKS))
+
+    async with alarms.evaluate.test_context() as agent:
+        # A day ahead, and so is the host: believed.
+        await agent.put(chunk(records, reading(20, 86_400 + 600)))
+    for _ in range(3):
+        await tick(5)
+    clock[0] = right
+    for _ in range(12):
+        await tick(5)
+    assert hall.told == []
+    for _ in range(4):
+        await tick(5)
+    assert hall.told == [("silent", "opened")]
+    async with alarms.evaluate.test_context() as agent:
+        await agent.put(chunk(records, reading(41, 601)))
+    assert hall.told[1:] == [("hot", "opened"), ("silent", "resolved")]
 
 
 def test_a_rule_that_contradicts_itself_is_refused(hall: Hall) -> None:
