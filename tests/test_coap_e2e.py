@@ -12,10 +12,12 @@ from typing import Any
 
 import aiocoap
 import aiokafka
+import asyncpg
 import pytest
 from aiocoap.message import Message
 from aiocoap.numbers import codes
 
+from devices.efento import messages as efento
 from tests.agents.edges.coap import LossyThread
 from tests.faults.worker import realm
 from tools.simulator import Places, Plan
@@ -29,11 +31,12 @@ def free_address() -> str:
     return f"127.0.0.1:{ports.choose(set(), random.SystemRandom(), socket.SOCK_DGRAM)}"
 
 
-async def post(address: str, path: str, payload: bytes) -> Message:
+async def post(address: str, path: str, payload: bytes, *, content_format: int = 50) -> Message:
     """Send one confirmable request with a client of its own and return the answer."""
     client = await aiocoap.Context.create_client_context()
     try:
-        request = Message(code=codes.POST, uri=f"coap://{address}/{path}", payload=payload, content_format=50)
+        request = Message(code=codes.POST, uri=f"coap://{address}/{path}", payload=payload)
+        request.opt.content_format = content_format
         return await asyncio.wait_for(client.request(request).response, 60)
     finally:
         await client.shutdown()
@@ -90,6 +93,51 @@ def test_one_record_for_each_request_and_503_while_kafka_is_away(
         assert worker.stop() == 0
     finally:
         worker.stop()
+
+
+@pytest.mark.stack
+def test_samples_of_two_hours_ago_land_at_two_hours_ago(stack: Stack, tmp_path: Path) -> None:
+    """An Efento message that comes late: each sample stands in PostgreSQL at its own time, an error code has no row."""
+    address, serial, period = free_address(), secrets.token_bytes(6), 180
+    begun = int((datetime.now(UTC) - timedelta(hours=2)).timestamp())
+    temperature = {"type": 1, "timestamp": begun, "start_point": -15, "sample_offsets": [0, 3, 8_355_840, 9]}
+    door = {"type": 5, "timestamp": begun, "sample_offsets": [-1, 600]}
+    message = efento.MEASUREMENTS(
+        serial_num=serial, measurement_period_base=period, measurement_period_factor=1, channels=[temperature, door]
+    )
+    with realm(stack, tmp_path, STAGES="coap,normalizer,ingestor", COAP_BIND=address) as own:
+        worker = own.worker().start()
+        answer = asyncio.run(post(address, "m", message.SerializeToString(), content_format=42))
+        assert answer.code == codes.CREATED
+        assert abs(efento.CONFIG.FromString(answer.payload).current_time - begun - 7200) < 60
+
+        def rows() -> list[Any]:
+            return asyncio.run(stored(own.env["DATABASE_URL"], serial.hex()))
+
+        worker.wait(lambda: len(rows()) == 5, "storing five samples")
+        at = datetime.fromtimestamp(begun, UTC)
+        assert [(row["index"], row["time"] - at, row["value"]) for row in rows()] == [
+            ("OK_ALARM", timedelta(0), 0.0),
+            ("OK_ALARM", timedelta(seconds=599), 1.0),
+            ("T", timedelta(0), -1.5),
+            ("T", timedelta(seconds=period), -1.2),
+            ("T", timedelta(seconds=3 * period), -0.6),
+        ]
+        assert worker.stop() == 0
+
+
+async def stored(database_url: str, device_id: str) -> list[Any]:
+    """Return a device's rows, by index and time."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        found: list[Any] = await connection.fetch(
+            'SELECT "index", time, value FROM readings WHERE device_id = $1 ORDER BY "index", time', device_id
+        )
+    except asyncpg.UndefinedTableError:
+        return []
+    finally:
+        await connection.close()
+    return found
 
 
 @pytest.mark.stack
