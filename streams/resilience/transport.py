@@ -169,6 +169,15 @@ class Consumer(driver.Consumer):
 
     async def _drain_messages(self, fetcher: Any) -> None:
         """Fetch and deliver until the consumer or ``fetcher`` (which recovery stops and starts) ends."""
+        try:
+            await self._read(fetcher)
+        except asyncio.CancelledError:
+            # Faust takes a fetcher that is cancelled within a rebalance for one that failed, and ends the worker with
+            # an error: also when the cancellation is part of an orderly end.
+            if not self.transport.app.should_stop:
+                raise
+
+    async def _read(self, fetcher: Any) -> None:
         backoff = self.options.infrastructure_backoff()
         while not (self.should_stop or fetcher.should_stop):
             if not self.flow_active:
@@ -189,10 +198,6 @@ class Consumer(driver.Consumer):
                 self.last_fetch_at = time.monotonic()
                 self.fetch_failures = 0
                 backoff.healthy()
-            except asyncio.CancelledError:
-                if self.transport.app.should_stop:
-                    return
-                raise
             except ConsumerStoppedError:
                 if self.should_stop or self.transport.app.should_stop:
                     return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from aiokafka.errors import RequestTimedOutError
 from faust.types import TP
 
@@ -201,3 +203,19 @@ async def test_what_is_not_assigned_is_not_committed() -> None:
         rig.thread.assigned = {TP("in", 1)}
         assert await rig.consumer.commit()
         assert rig.thread.commits == [{TP("in", 1): 1}]
+
+
+async def test_an_end_within_a_rebalance_is_no_failure() -> None:
+    """A reader that waits while partitions are assigned ends quietly with its app; else its cancellation is told."""
+    async with Rig() as rig:
+        rig.consumer.stop_flow()
+        fetcher = SimpleNamespace(should_stop=False)
+        first, second = (asyncio.ensure_future(rig.consumer._drain_messages(fetcher)) for _ in range(2))
+        await rig.settle()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        rig.app._stopped.set()
+        second.cancel()
+        assert await second is None
+        rig.app._stopped.clear()
