@@ -23,6 +23,7 @@ from settings import Settings, SettingsError, environment
 from tools.simulator import Fleet, Places, Plan, Report, Watch, settle
 from tools.stack import Stack, StackError, processes
 from tools.stack.processes import ProcessId
+from tools.stack.state import ENV_FILE, render, write_by_rename
 from tools.worker import Worker, WorkerError
 
 PLAN = Plan(devices=300, seed=1, rate=200.0, duplicates=0.02, poison=0.002, late=0.01, hot=(5.0, 25.0), coap=0.3)
@@ -88,6 +89,7 @@ class Demo:
             signal.signal(number, self._end)
         try:
             self.stack.acquire()
+            self._forget_env()
             self._end_leftover()
             self._report(f"starting in {self.folder}; logs are in {self.folder / 'logs'}")
             self.stack.start()
@@ -120,6 +122,8 @@ class Demo:
                 return False
             if not self.worker.alive or time.monotonic() > deadline:
                 self.worker.wait_ready(1.0)  # raises with the reasons
+        settings = {**env, "WEB_BIND": self.worker.url.removeprefix("http://")}
+        write_by_rename(self.folder / ENV_FILE, render(settings))
         self._report(f"every stage is ready after {self.elapsed:.1f} s")
         return True
 
@@ -147,6 +151,7 @@ class Demo:
             f"  mail inbox  {env['INBOX_URL']}\n"
             f"  database    {env['DATABASE_URL']}   (table readings)\n"
             f"  ledger      {self.folder / 'ledger.jsonl'}\n"
+            f"  commands    set -a; . {self.folder / ENV_FILE}; set +a; .venv/bin/faust -A streams accounts\n"
             + ("  Ctrl-C ends the demo" if not self.seconds else f"  ends by itself after {self.seconds:.0f} s")
         )
         before = 0
@@ -202,6 +207,7 @@ class Demo:
             signal.signal(number, signal.SIG_IGN)
         self.screen.settle()
         stops: list[Callable[[], object]] = [
+            *([self._forget_env] if self.stack.held else []),
             *([self.fleet.close] if self.fleet else []),
             *([self.watch.stop] if self.watch else []),
             *([self.worker.stop] if self.worker else []),
@@ -223,6 +229,9 @@ class Demo:
 
     def _report(self, line: str) -> None:
         self.screen.say(f"demo: {line}")
+
+    def _forget_env(self) -> None:
+        (self.folder / ENV_FILE).unlink(missing_ok=True)
 
     def _sent(self, message: Any) -> None:
         if self.watch is not None:

@@ -7,7 +7,6 @@ its port with its data, and the terminal says so.
 
 import argparse
 import logging
-import shlex
 import signal
 import sys
 import threading
@@ -18,15 +17,10 @@ from types import FrameType
 from settings import environment
 from tools.stack.errors import StackError
 from tools.stack.stack import ALL, PARTS, Stack
-from tools.stack.state import write_by_rename
+from tools.stack.state import ENV_FILE, render, write_by_rename
 
 _RESTARTS = 5  # within _RESTART_WINDOW_SECONDS; a server that ends more often than that is not going to stay
 _RESTART_WINDOW_SECONDS = 60.0
-
-
-def render(env: dict[str, str]) -> str:
-    """Return `KEY=VALUE` lines that a shell and an env-file reader take alike."""
-    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
-    env_file = stack.folder / "stack.env"
+    env_file = stack.folder / ENV_FILE
     try:
         stack.acquire()
         env_file.unlink(missing_ok=True)

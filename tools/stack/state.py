@@ -8,12 +8,16 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
 
 from tools.stack.errors import StackError
 from tools.stack.processes import ProcessId
+
+#: In the state folder while all of a stack answers: the settings that lead to it.
+ENV_FILE = "stack.env"
 
 
 class State:
@@ -83,3 +87,8 @@ def write_by_rename(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     draft.write_text(text)
     draft.replace(path)
+
+
+def render(env: dict[str, str]) -> str:
+    """Return `KEY=VALUE` lines that a shell and an env-file reader take alike."""
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in env.items())
