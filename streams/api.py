@@ -9,7 +9,7 @@ does not answer 503 with Retry-After.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -215,25 +215,31 @@ class Ack(msgspec.Struct, kw_only=True):
     comment: str = ""
 
 
+def action_of(alert: Mapping[str, Any], ack: Ack, now: datetime) -> AlertAction:
+    """Return the record of an acknowledgement; raises Refusal without a name, and 409 for an alert that is over."""
+    if not ack.user.strip():
+        raise Refusal("who acknowledges is needed", "/user")
+    if alert["is_resolved"]:
+        raise Refusal(f"alert {alert['id']!r} was resolved at {alert['end_date']}: nothing to acknowledge", status=409)
+    return AlertAction(
+        alert_id=str(alert["id"]),
+        device_id=str(alert["device_id"]),
+        action="ack",
+        user=ack.user,
+        comment=ack.comment,
+        timestamp=now,
+    )
+
+
 async def acknowledge(request: web.Request) -> web.Response:
     """``POST /api/v1/alerts/{id}/ack`` with ``user`` and ``comment``: 202 once Kafka has it."""
     alert_id = request.match_info["alert_id"]
     ack: Ack = await body_of(request, Ack)
-    if not ack.user.strip():
-        raise Refusal("who acknowledges is needed", "/user")
     alert = await (await store()).alert(alert_id)
     if alert is None:
         raise Refusal(f"alert {alert_id!r} is not known", status=404)
-    device_id = str(alert["device_id"])
-    action = AlertAction(
-        alert_id=alert_id,
-        device_id=device_id,
-        action="ack",
-        user=ack.user,
-        comment=ack.comment,
-        timestamp=datetime.now(UTC),
-    )
-    await app.send_and_wait([(topics.alert_actions.name, device_id.encode(), encode(action), None)])
+    action = action_of(alert, ack, datetime.now(UTC))
+    await app.send_and_wait([(topics.alert_actions.name, action.device_id.encode(), encode(action), None)])
     return answer({"alert_id": alert_id, "state": "accepted"}, 202)
 
 
