@@ -1,10 +1,11 @@
 """Commands find their end.
 
 Consumes ``device_commands`` (Command), what devices told of themselves, what connectors and devices say of commands,
-and its own ticks; produces ``iot_command_status`` (CommandStatus) and the downlinks that connectors send; key: device
-id. Tables ``open_commands``, ``device_states``. Guarantee: each request id starts one command, and each command ends
-in one terminal state. The next state is stored in Kafka with all that is to be told of it, then told, then struck off:
-a worker that is killed anywhere tells the same again, never something else. SUCCESSFUL is the device's word alone.
+and its own ticks; produces ``iot_command_status`` (CommandStatus), the downlinks that connectors send, and, as readings
+on ``iot_validated_data``, what messages add up to; key: device id. Tables ``open_commands``, ``device_states``,
+``merged_states``. Guarantee: each request id starts one command, and each command ends in one terminal state. The next
+state is stored in Kafka with all that is to be told of it, then told, then struck off: a worker that is killed anywhere
+tells the same again, never something else. SUCCESSFUL is the device's word alone.
 Retried: Kafka. Dead-lettered: ``poison`` what is no Command. Dropped: nothing; what no device can do ends as FAILED.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from mode import Service
 
+from agents.commanding.merging import Merging
 from agents.commanding.partition import House, Partition
 from devices.commands.model import Limits
 from devices.registry import Registry
@@ -26,6 +28,7 @@ from streams.resilience.failures import Poison
 from streams.stage import Stage
 from streams.ticks import TICK_SECONDS, Tick, write_ticks
 from tables.commands import declare
+from tables.rows import LocalStates
 
 commands = Stage("commands", chunks_in_flight=1)
 tables = declare(commands.app, commands.settings)
@@ -74,6 +77,15 @@ class Desk:
 
         await chunk.all(take)
 
+    async def merge(self, chunk: Any) -> None:
+        """Add the messages of ``chunk`` to the states of their devices, and store these."""
+        number = chunk.records[0].partition
+        merging = Merging(self.house.registry, LocalStates(self.house.tables.merged, number))
+        await chunk.each(merging.take)
+        if merging.changes and chunk.ours:
+            await self.house.send(merging.readings)
+            await self.house.tables.store_merged(number, merging.changes)
+
 
 _desk: Desk | None = None
 
@@ -117,6 +129,13 @@ async def hear_devices(stream: Any) -> None:
     """Keep what devices told of themselves."""
     async for chunk in stream:
         await current().work(chunk, Partition.hear)
+
+
+@commands.agent(topics.device_changes, chunks=True, name="commands-device-changes")
+async def add_up(stream: Any) -> None:
+    """Keep what the messages of devices add up to."""
+    async for chunk in stream:
+        await current().merge(chunk)
 
 
 @commands.agent(topics.command_reports, chunks=True, name="commands-reports")

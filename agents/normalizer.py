@@ -25,7 +25,7 @@ from devices.timing import DriverAside, DriverTimes
 from devices.validation import MAX_AHEAD
 from streams import topics
 from streams.events import EVENTS
-from streams.messages import CommandReport, DeviceState, RawMessage, encode, uplink_of
+from streams.messages import CommandReport, DeviceChange, DeviceState, RawMessage, encode, uplink_of
 from streams.resilience.chunks import Out
 from streams.resilience.failures import Rejected, Retryable, SetAside
 from streams.stage import Stage
@@ -99,9 +99,29 @@ class Normalizer:
             )
             out.send(topics.command_feedback, report, word.request_id)
             return True
-        driver = self.registry.driver(outcome.profile)
-        if type(driver).state_of is Driver.state_of or not outcome.readings:
+        if not outcome.readings:
             return False
+        driver = self.registry.driver(outcome.profile)
+        kind = type(driver)
+        told = kind.change_of is not Driver.change_of and self._tell_change(driver, uplink, outcome, out)
+        return (kind.state_of is not Driver.state_of and self._tell_state(driver, uplink, outcome, out)) or told
+
+    @staticmethod
+    def _tell_change(driver: Driver, uplink: Uplink, outcome: Outcome, out: Out) -> bool:
+        change = driver.change_of(uplink)
+        if not change:
+            return False
+        told = DeviceChange(
+            request_id=uplink.request_id,
+            device_id=uplink.device_id,
+            profile=outcome.profile.name,
+            change=change,
+            timestamp=uplink.received_at,
+        )
+        out.send(topics.device_changes, told, uplink.device_id)
+        return True
+
+    def _tell_state(self, driver: Driver, uplink: Uplink, outcome: Outcome, out: Out) -> bool:
         try:
             state = self.times.call(driver.name, driver.state_of, uplink)
         except DriverAside:

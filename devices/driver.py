@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import msgspec
 from jsonschema import Draft202012Validator
 
-from devices.model import CommandError, Reading, Uplink
+from devices.model import CommandError, Reading, Uplink, Value
 
 if TYPE_CHECKING:
     from devices.profiles import Profile
@@ -119,6 +119,21 @@ class Driver:
     def state_of(self, uplink: Uplink) -> dict[str, Any]:
         """Return what later commands need to know of this uplink (JSON), empty where nothing."""
         return {}
+
+    def change_of(self, uplink: Uplink) -> dict[str, Any]:
+        """Return what this uplink changes of a state that messages add up to (JSON), empty where nothing."""
+        return {}
+
+    def merge(self, state: Mapping[str, Any] | None, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state after ``change`` as :meth:`change_of` tells it (None: before the first); pure.
+
+        A stretch of changes merged again, in order, must end in the same state: it may be delivered again.
+        """
+        raise NotImplementedError
+
+    def summary(self, state: Mapping[str, Any]) -> tuple[str, dict[str, Value]]:
+        """Return index and values, by label, of the reading that shows a state of :meth:`merge`."""
+        raise NotImplementedError
 
     def reply(self, uplink: Uplink, now: datetime, pending: bytes | None = None) -> Reply | None:
         """Return the answer that a device expects in the response to ``uplink``; None: an empty 2.04."""

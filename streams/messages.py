@@ -24,6 +24,7 @@ __all__ = [
     "CommandReport",
     "CommandStatus",
     "Device",
+    "DeviceChange",
     "DeviceState",
     "DownlinkMessage",
     "Level",
@@ -105,6 +106,16 @@ class DeviceState(msgspec.Struct, kw_only=True):
     device_id: str
     profile: str
     state: dict[str, Any]
+    timestamp: datetime
+
+
+class DeviceChange(msgspec.Struct, kw_only=True):
+    """What one message of a device, read by ``profile``, changes of a state that its messages add up to."""
+
+    request_id: str
+    device_id: str
+    profile: str
+    change: dict[str, Any]
     timestamp: datetime
 
 

@@ -113,6 +113,8 @@ def by_name(name: str) -> Declaration | None:
 
 
 device_state = internal("device-state", messages.DeviceState, "forever", compacted=True, like=commands)
+#: what single messages change of a state that they add up to, keyed by device
+device_changes = internal("device-changes", messages.DeviceChange, "events", like=commands)
 #: what goes out to devices at once, keyed by device
 downlinks = internal("downlinks", messages.DownlinkMessage, "events", like=commands)
 #: what waits for a device's next request, keyed by request id, a tombstone once it has waited enough

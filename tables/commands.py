@@ -1,4 +1,5 @@
-"""Open commands and what devices have told, one row per device each, on RocksDB, with changelogs.
+"""Open commands, what devices have told, and what their messages add up to: one row per device each, on RocksDB, with
+changelogs.
 
 :meth:`CommandTables.store` returns once Kafka has the changelog of all that was written: a command's next state is safe
 before anybody hears of it.
@@ -42,12 +43,14 @@ encode_row = msgspec.msgpack.Encoder().encode
 
 
 class CommandTables:
-    """``lives``: the open and the remembered commands; ``states``: what each profile told of a device."""
+    """``lives``: the open and the remembered commands; ``states``: what each profile told of a device; ``merged``: what
+    the messages of each profile add up to."""
 
-    def __init__(self, app: Any, lives: Any, states: Any) -> None:
+    def __init__(self, app: Any, lives: Any, states: Any, merged: Any) -> None:
         self.app = app
         self.lives = lives
         self.states = states
+        self.merged = merged
 
     async def store(
         self, partition: int, lives: Mapping[str, bytes | None], states: Mapping[str, bytes | None]
@@ -56,9 +59,13 @@ class CommandTables:
         await store(self.app, self.lives, partition, lives)
         await store(self.app, self.states, partition, states)
 
+    async def store_merged(self, partition: int, changes: Mapping[str, bytes | None]) -> None:
+        """Write the states of a partition that messages have changed; raises what Kafka says."""
+        await store(self.app, self.merged, partition, changes)
+
 
 def declare(app: Any, settings: Settings) -> CommandTables:
-    """Return the tables ``open_commands`` and ``device_states`` of ``app``: keys and values as bytes."""
+    """Return the tables ``open_commands``, ``device_states`` and ``merged_states`` of ``app``: all as bytes."""
     options = rocksdb_options(settings)
     lives = app.Table(
         "open_commands",
@@ -74,4 +81,11 @@ def declare(app: Any, settings: Settings) -> CommandTables:
         options=options,
         help="What commands need to know of each device, by profile.",
     )
-    return CommandTables(app, lives, states)
+    merged = app.Table(
+        "merged_states",
+        key_type=bytes,
+        value_type=bytes,
+        options=options,
+        help="What the messages of each device add up to (a controller's schedule), by profile.",
+    )
+    return CommandTables(app, lives, states, merged)

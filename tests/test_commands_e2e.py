@@ -25,7 +25,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from devices.efento.messages import CONFIG, MEASUREMENTS
 from devices.fluxor import frame
-from devices.light_controller.schedule import build_frame
+from devices.light_controller.schedule import Operation, build_frame
 from tests.faults.worker import Realm, Worker, realm
 from tools.stack import Stack
 
@@ -116,10 +116,10 @@ class Gateway:
         ).hex()
         self.client.publish(f"broker_data/{self.broker_id}/{device_id}/data", payload, qos=1).wait_for_publish(30)
 
-    def lights(self, device_id: int) -> None:
+    def lights(self, device_id: int, operation: Operation = "read_all", *, task_id: int = 0, alarm: int = 0) -> None:
         """Publish a schedule message of a device."""
         topic = f"broker_data/{self.broker_id}/{device_id}/scheduler_data"
-        payload = build_frame(device_id, int(time.time()), "read_all")
+        payload = build_frame(device_id, int(time.time()), operation, task_id=task_id, alarm=alarm)
         self.client.publish(topic, payload, qos=1).wait_for_publish(30)
 
     def got(self, request_id: str) -> list[dict[str, Any]]:

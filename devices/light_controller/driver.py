@@ -3,7 +3,7 @@
 Index ``TASK_{id}`` where the message is about one task: label ``operation``, and the fields of the task where it
 carries them. Index ``SCHEDULE`` where it is about all: ``operation``, and ``task_count`` where it tells it. The time
 is the device's epoch (that of arrival where it is 0: a clock that was never set). ``metadata["schedule"]`` is what
-:func:`devices.light_controller.schedule.merge` adds to the state of the device.
+:func:`devices.light_controller.schedule.merge` adds to the schedule of the device, which is read as ``SCHEDULE_STATE``.
 """
 
 from __future__ import annotations
@@ -107,6 +107,26 @@ class LightControllerDriver(Driver):
     def state_of(self, uplink: Uplink) -> dict[str, Any]:
         """Return the broker that commands go to; empty for a feedback."""
         return {} if uplink.route.endswith("/feedback") else brokered.state_of(uplink.route)
+
+    def change_of(self, uplink: Uplink) -> dict[str, Any]:
+        """Return what the message says of the schedule; empty for a feedback."""
+        return {} if uplink.route.endswith("/feedback") else schedule.describe(schedule.parse(uplink.data))
+
+    def merge(self, state: Mapping[str, Any] | None, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the schedule after a message."""
+        return schedule.merge(state, change)
+
+    def summary(self, state: Mapping[str, Any]) -> tuple[str, dict[str, Value]]:
+        """Return ``SCHEDULE_STATE``: the tasks that are known as JSON, their number, the device's own count of its
+        tasks (None: not known since the last change), and whether the two agree."""
+        tasks = {key: state["tasks"][key] for key in sorted(state["tasks"], key=int)}
+        count = state["task_count"]
+        return "SCHEDULE_STATE", {
+            "tasks": msgspec.json.encode(tasks).decode(),
+            "known": len(tasks),
+            "task_count": count,
+            "complete": count == len(tasks),
+        }
 
     def encode(
         self,

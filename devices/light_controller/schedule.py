@@ -140,13 +140,13 @@ def merge(state: Mapping[str, Any] | None, message: Mapping[str, Any]) -> dict[s
     """Return the schedule of a device after a message as :func:`describe` tells it; neither argument is changed.
 
     State: ``{"tasks": {"3": {...}}, "task_count": n or None, "epoch": of the last message}``; ``task_count`` is the
-    device's own count, None where it is not known since the last change.
+    device's own count, None where it was not told since the last ``create`` or ``delete``.
     """
     tasks: dict[str, Any] = dict(state["tasks"]) if state else {}
     count = state["task_count"] if state else None
     operation, key = message["operation"], str(message["task_id"])
     if operation in ("read_task", "create"):
-        if key not in tasks and operation == "create":
+        if operation == "create":
             count = None
         tasks[key] = dict(message["task"])
     elif operation == "read_all":
@@ -154,8 +154,8 @@ def merge(state: Mapping[str, Any] | None, message: Mapping[str, Any]) -> dict[s
         if count == 0:
             tasks = {}
     elif operation == "delete":
-        if tasks.pop(key, None) is not None:
-            count = None
+        tasks.pop(key, None)
+        count = None
     else:
         tasks, count = {}, 0
     return {"tasks": tasks, "task_count": count, "epoch": message["epoch"]}

@@ -173,6 +173,59 @@ def test_merge() -> None:
 operations = st.lists(st.tuples(st.sampled_from(list(schedule.HEADERS)), st.integers(0, 15), tasks), max_size=30)
 
 
+def model(steps: Any) -> dict[str, Any]:
+    """Return the tasks after ``steps``, from the last word on each: what the controller itself must have."""
+    since = max((n for n, (op, _, _) in enumerate(steps) if op == "delete_all"), default=-1)
+    last = {task_id: (op, task) for op, task_id, task in steps[since + 1 :] if op in ("create", "read_task", "delete")}
+    return {
+        str(task_id): {name: getattr(task, name) for name in schedule.TASK_FIELDS}
+        for task_id, (op, task) in last.items()
+        if op != "delete"
+    }
+
+
+@given(operations)
+def test_a_schedule_is_the_last_word_on_each_task(steps: Any) -> None:
+    """Whatever is created, read, deleted in whatever order: each task is as last said, none but these is there."""
+    state: Any = None
+    for op, task_id, task in steps:
+        alarm = pack_alarm(task) if op != "read_all" else 15 << 25
+        before = json.dumps(state)
+        after = merge(state, describe(parse(build_frame(1, 7, op, task_id=task_id, alarm=alarm))))
+        assert json.dumps(state) == before
+        state = after
+    assert (state or {"tasks": {}})["tasks"] == model(steps)
+
+
+@pytest.mark.parametrize("bits", range(8))
+@pytest.mark.parametrize("twice", [False, True], ids=["hex", "hex of hex"])
+def test_every_combination_changes_the_schedule_as_it_says(bits: Any, twice: Any) -> None:
+    """What each (set, all, clear) does to a schedule of tasks 3 and 4, written either way; three are no message."""
+    three = {"time_beg": 540, "duration": 60, "day": 2, "channel": 1, "active": True, "run_once": False}
+    other = {**three, "time_beg": 1}
+    before = {"tasks": {"3": other, "4": other}, "task_count": 2, "epoch": 1}
+    vector = VECTORS["commands"]["config_task_3"]
+    frame = schedule.FRAME.pack(2121004, 50, bits << 5 | 3, vector["sync_alarm"]).hex().encode()
+    message = uplink(hexlify(frame) if twice else frame, "broker_data/b-7/2121004/scheduler_data", device_id="2121004")
+    wanted = {
+        0b000: ({"3": three, "4": other}, 2),
+        0b001: ({"3": other, "4": other}, 3),
+        0b100: ({"3": three, "4": other}, None),
+        0b110: ({"4": other}, None),
+        0b111: ({}, 0),
+    }.get(bits)
+    if wanted is None:
+        with pytest.raises(DecodeError, match="no operation"):
+            DRIVER.change_of(message)
+        return
+    after = DRIVER.merge(before, DRIVER.change_of(message))
+    assert (after["tasks"], after["task_count"], after["epoch"]) == (*wanted, 50)
+    index, values = DRIVER.summary(after)
+    assert (index, values["known"], values["task_count"]) == ("SCHEDULE_STATE", len(wanted[0]), wanted[1])
+    assert json.loads(str(values["tasks"])) == wanted[0]
+    assert values["complete"] is (len(wanted[0]) == wanted[1])
+
+
 @given(operations, st.integers(0, 30))
 def test_merging_a_stretch_again_changes_nothing(steps: Any, start: Any) -> None:
     """A stretch of messages that is delivered again, in order, ends in the same schedule; JSON holds it."""
@@ -187,6 +240,8 @@ def test_merging_a_stretch_again_changes_nothing(steps: Any, start: Any) -> None
         again = merge(again, message)
     if state is not None:
         assert again["tasks"] == state["tasks"]
+        if start < len(messages):
+            assert again == state
         assert json.loads(json.dumps(state)) == state
         assert len(state["tasks"]) <= 16
 
@@ -219,6 +274,7 @@ def test_feedback_reaches_this_family_too() -> None:
     assert feedback is not None
     assert (feedback.request_id, feedback.success) == ("r-1", False)
     assert DRIVER.state_of(message) == {}
+    assert DRIVER.change_of(message) == {}
 
 
 def test_readme_shows_the_profile() -> None:

@@ -15,23 +15,27 @@ from agents import commands, mqtt_downlinks, normalizer
 from agents.coap_downlinks import Pending
 from agents.commanding.partition import House
 from devices.commands.model import Limits
+from devices.light_controller.schedule import build_frame
 from devices.registry import Registry
 from streams import topics
 from streams.messages import (
     Command,
     CommandReport,
     CommandStatus,
+    DeviceChange,
     DeviceState,
     DownlinkMessage,
     RawMessage,
+    Reading,
     decoder,
     encode,
 )
 from streams.resilience.chunks import Chunk
 from streams.resilience.failures import Rejected, Retryable
-from tables.commands import CommandTables
+from tables.commands import STATES, CommandTables
 
 VECTOR = json.loads((Path(__file__).parents[2] / "devices" / "fluxor" / "vectors.json").read_text())[0]
+LIGHTS = Path(__file__).parents[2] / "devices" / "light_controller" / "vectors.json"
 NOW = datetime.now(UTC)
 SOON = NOW + timedelta(hours=1)
 STATE = {
@@ -66,7 +70,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> commands.Desk:
     house = House(
         registry=Registry.load(Path(__file__).parents[2] / "config"),
         limits=Limits(timeout_seconds=10),
-        tables=CommandTables(commands.commands.app, Table(), Table()),
+        tables=CommandTables(commands.commands.app, Table(), Table(), Table()),
         expiry_seconds=3600,
         send=send,
         caught_up=lambda: True,
@@ -142,6 +146,80 @@ async def test_what_was_not_told_is_told_again(desk: commands.Desk) -> None:
     desk.house = good
     await put(commands.take_commands, config())
     assert told() == ["QUEUED"]
+
+
+def schedule_message(operation: Any, task_id: int = 0, alarm: int = 0) -> RawMessage:
+    """Return a schedule message of light controller 7 as a connector writes it."""
+    return RawMessage(
+        request_id=f"m-{operation}-{task_id}",
+        timestamp=NOW,
+        device_id="7",
+        protocol="mqtt",
+        payload=build_frame(7, 1_750_000_000, operation, task_id=task_id, alarm=alarm).decode(),
+        metadata={"mqtt_topic": "broker_data/1/7/scheduler_data"},
+    )
+
+
+async def changes(*messages: RawMessage) -> list[bytes]:
+    """Return what the normalizer tells of them to the stage commands."""
+    normalizer.normalizer.app.captured.clear()
+    for message in messages:
+        await put(normalizer.normalize, message)
+    found = normalizer.normalizer.app.captured
+    return [value or b"" for topic, _, value, _ in found if topic == topics.device_changes.name]
+
+
+def shown() -> list[dict[str, Any]]:
+    """Return the schedules that were told as readings, in order."""
+    captured = commands.commands.app.captured
+    readings = [decoder(Reading).decode(v or b"") for topic, _, v, _ in captured if topic == topics.validated_data.name]
+    assert all((r.index, r.device_id, r.timestamp) == ("SCHEDULE_STATE", "7", NOW) for r in readings)
+    return [dict(zip(reading.labels, reading.values, strict=True)) for reading in readings]
+
+
+async def test_schedule_messages_add_up_in_the_table(desk: commands.Desk, records: Any) -> None:
+    """Each message gives the schedule after it as a reading; the last one is stored; a stretch again is the same."""
+    alarm = json.loads(LIGHTS.read_text())["commands"]["config_task_3"]["sync_alarm"]
+    told_of = await changes(
+        schedule_message("create", 3, alarm),
+        schedule_message("read_all", alarm=2 << 25),
+        schedule_message("read_task", 4, alarm),
+        schedule_message("delete", 3),
+    )
+    for stretch in (told_of, told_of[1:]):
+        chunk = Chunk(records(*stretch, b"{no"), decoder(DeviceChange).decode)
+        await put(commands.add_up, chunk)
+    found = shown()
+    assert [(s["known"], s["task_count"], s["complete"]) for s in found[:4]] == [
+        (1, None, False),
+        (1, 2, False),
+        (2, 2, True),
+        (1, None, False),
+    ]
+    assert found[-1] == found[3]
+    assert json.loads(found[-1]["tasks"])["4"]["time_beg"] == 540
+    stored = STATES.decode(desk.house.tables.merged[b"7"])
+    assert set(stored["light_controller"]["tasks"]) == {"4"}
+    letters = [topic for topic, *_ in commands.commands.app.captured if topic == topics.errors.name]
+    assert len(letters) == 2
+
+
+async def test_no_schedule_is_stored_that_kafka_has_not(
+    desk: commands.Desk, records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The changelog cannot be written: nothing is in the table, and the message, delivered again, counts once."""
+    chunk = Chunk(records(*await changes(schedule_message("create", 3))), decoder(DeviceChange).decode)
+    with monkeypatch.context() as patch:
+
+        async def fail(*_: Any) -> None:
+            raise Retryable("away")
+
+        patch.setattr("tables.rows.publish", fail)
+        with pytest.raises(Retryable):
+            await put(commands.add_up, chunk.copy())
+    assert desk.house.tables.merged == {}
+    await put(commands.add_up, chunk.copy())
+    assert [s["known"] for s in shown()] == [1, 1]
 
 
 async def test_a_device_word_goes_to_every_partition() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -84,3 +86,28 @@ def test_the_worker_is_killed_between_send_and_state(breakable: Stack, tmp_path:
         ends = [http("GET", f"/commands/{name}")[1]["state"] for name in posted]
         print(f"{len(ends)} commands, {kills} kills: { ({end: ends.count(end) for end in set(ends)}) }")
         assert "SUCCESSFUL" in ends
+
+
+def test_a_schedule_survives_the_loss_of_its_folder(breakable: Stack, tmp_path: Path) -> None:
+    """Tasks that were told before the worker was killed and its tables deleted are in the schedule after it."""
+    with house(breakable, tmp_path, BROKER_PROFILE="fast") as (own, worker, http, gateway):
+        device = 2_261_200
+        alarms = {number: 540 | 60 << 11 | number << 25 | 1 << 30 for number in range(1, 6)}
+
+        def schedule() -> dict[str, Any]:
+            path = f"/devices/{device}/readings?index=SCHEDULE_STATE&limit=4"
+            found = http("GET", path)[1].get("readings") or []
+            newest = [row for row in found if row["time"] == found[0]["time"]]
+            return {row["label"]: row["value"] for row in newest}
+
+        for number in (1, 2, 3):
+            gateway.lights(device, "create", task_id=number, alarm=alarms[number])
+        wait_for("the first tasks", lambda: schedule().get("known") == 3)
+        worker.kill()
+        shutil.rmtree(Path(own.env["DATA_DIR"]))
+        gateway.lights(device, "delete", task_id=2)
+        gateway.lights(device, "create", task_id=5, alarm=alarms[5])
+        gateway.lights(device, "read_all", alarm=3 << 25)
+        worker.start()
+        wait_for("all that was told", lambda: schedule().get("complete") in (1, True))
+        assert sorted(json.loads(schedule()["tasks"])) == ["1", "3", "5"]
