@@ -27,7 +27,7 @@ from agents.watch.partition import Partition
 from devices.alarms.model import Alert
 from devices.alarms.prepare import Limits
 from streams import topics
-from streams.feed import Feed
+from streams.feed import Feed, Feeds
 from streams.messages import AlertAction, Reading, encode
 from streams.resilience.chunks import Out
 from streams.resilience.failures import Retryable
@@ -197,23 +197,8 @@ def _act(partition: Partition, found: list[Alert], now: float, action: AlertActi
     found.extend(partition.engine.acknowledge(action.alert_id, now, action.user, action.comment))
 
 
-class Feeds:
-    """Waits for the topics of rules, devices and open alarms; under ``test_context`` there are none."""
-
-    def __init__(self) -> None:
-        self.all: list[Feed] = []
-
-    async def ready(self) -> None:
-        """Return once rules, devices and open alarms are complete."""
-        if alarms.app.testing:
-            return
-        while not self.all:
-            await asyncio.sleep(0.05)
-        for feed in self.all:
-            await feed.ready()
-
-
-FEEDS = Feeds()
+#: rules, devices and open alarms
+FEEDS = Feeds(alarms.app)
 
 
 class Clock(Service):

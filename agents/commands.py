@@ -20,6 +20,7 @@ from mode import Service
 
 from agents.commanding.merging import Merging
 from agents.commanding.partition import House, Partition
+from agents.registered import Registered
 from devices.commands.model import Limits
 from devices.registry import Registry
 from streams import topics
@@ -41,6 +42,7 @@ class Desk:
 
     def __init__(self, house: House) -> None:
         self.house = house
+        self.registered = Registered(house.registry)
         self.partitions: dict[int, Partition] = {}
 
     def forget(self, number: int) -> None:
@@ -49,6 +51,8 @@ class Desk:
 
     async def work(self, chunk: Any, act: Callable[[Partition, Any, datetime], None]) -> None:
         """Let ``act`` take every message of ``chunk``, then settle; a failure leaves what is stored."""
+        if not commands.app.testing:
+            await self.registered.ready()
         number = chunk.records[0].partition
 
         async def take(messages: list[Any]) -> list[tuple[int, BaseException]]:
@@ -104,6 +108,7 @@ def current() -> Desk:
             expiry_seconds=settings.command_expiry_seconds,
             send=commands.app.send_and_wait,
             caught_up=caught_up,
+            unknown=settings.unknown_devices,
         )
         _desk = Desk(house)
     return _desk
@@ -188,7 +193,11 @@ def caught_up() -> bool:
 
 
 class Clock(Service):
-    """Writes a tick to each partition that this worker holds."""
+    """Follows what is configured of devices, and writes a tick to each partition that this worker holds."""
+
+    async def on_start(self) -> None:
+        """Read the topic from its beginning."""
+        await current().registered.follow(self, commands.settings)
 
     @Service.task
     async def _tick(self) -> None:

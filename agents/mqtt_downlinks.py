@@ -9,7 +9,6 @@ Dead-lettered: ``poison`` what is no downlink. Dropped: nothing.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol
@@ -18,7 +17,7 @@ from mode import Service
 
 from agents.mqtt import Connector
 from streams import topics
-from streams.feed import Feed
+from streams.feed import Feed, Feeds
 from streams.messages import CommandReport, DownlinkMessage, encode
 from streams.resilience.chunks import Out
 from streams.resilience.failures import Rejected, Retryable
@@ -108,6 +107,7 @@ def report(
 
 
 sender = Sender(downlinks.app.send_and_wait)
+BEGUN = Feeds(downlinks.app)
 
 
 @downlinks.agent(topics.downlinks, chunks=True, name="mqtt-downlinks")
@@ -124,30 +124,14 @@ async def send_down(stream: Any) -> None:
         await chunk.each(send)
 
 
-class Begun:
-    """Waits for the topic of downlinks that have begun; under ``test_context`` there is none."""
-
-    feed: Feed | None = None
-
-    async def ready(self) -> None:
-        """Return once it is known what has begun."""
-        if downlinks.app.testing:
-            return
-        while self.feed is None:
-            await asyncio.sleep(0.05)
-        await self.feed.ready()
-
-
-BEGUN = Begun()
-
-
 class Follower(Service):
     """Follows what has begun, here and in other processes."""
 
     async def on_start(self) -> None:
         """Read the topic from its beginning."""
-        BEGUN.feed = Feed(downlinks.settings, topics.downlinks_begun, sender.note_begun, beacon=self.beacon)
-        await self.add_runtime_dependency(BEGUN.feed)
+        feed = Feed(downlinks.settings, topics.downlinks_begun, sender.note_begun, beacon=self.beacon)
+        await self.add_runtime_dependency(feed)
+        BEGUN.all = [feed]
 
 
 downlinks.service(Follower)

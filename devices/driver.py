@@ -120,6 +120,13 @@ class Driver:
         """Return what later commands need to know of this uplink (JSON), empty where nothing."""
         return {}
 
+    def applied(self, command_type: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+        """Tell by what ``state_of`` said before a command was sent, and of an uplink after it, that the device has it.
+
+        Returns how that is known, empty where nothing can be told.
+        """
+        return ""
+
     def change_of(self, uplink: Uplink) -> dict[str, Any]:
         """Return what this uplink changes of a state that messages add up to (JSON), empty where nothing."""
         return {}

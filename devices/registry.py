@@ -148,6 +148,11 @@ class Registry:
         """Return the active profile of that name."""
         return self._by_name.get(name)
 
+    def profile_for(self, device_id: str, profile: Profile) -> Profile:
+        """Return ``profile`` with what is configured of a device over it; raises what a wrong ``config`` does."""
+        entry = self._devices.get(device_id)
+        return profile if entry is None else self._override(entry, profile)
+
     def driver(self, profile: Profile | str) -> Driver:
         """Return the driver of a profile (or of a family's name); one instance a registry."""
         name = profile if isinstance(profile, str) else profile.driver

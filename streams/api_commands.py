@@ -7,6 +7,7 @@ type it is answered 409, where the database knows it already. Each API key has a
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from agents.registered import Registered
 from devices.commands.formatting import check
 from devices.model import CommandError
 from devices.registry import Registry
@@ -66,15 +68,24 @@ class Rate:
 
 
 RATE = Rate(SETTINGS.command_rate_per_minute)
-_registry: Registry | None = None
+READY_SECONDS = 10.0
 
 
-def registry() -> Registry:
-    """Return the configured registry, loaded when it is first needed."""
-    global _registry
-    if _registry is None:
-        _registry = Registry.load(SETTINGS.config_path)
-    return _registry
+class Fleet:
+    """The configured devices, the topic ``iot_devices`` over them; read from the first command on."""
+
+    registered: Registered | None = None
+
+    async def ready(self) -> Registry:
+        """Return the registry once it is complete; raises TimeoutError while Kafka does not answer."""
+        if self.registered is None:
+            self.registered = Registered(Registry.load(SETTINGS.config_path))
+            await self.registered.follow(app, SETTINGS)
+        await asyncio.wait_for(self.registered.ready(), READY_SECONDS)
+        return self.registered.registry
+
+
+FLEET = Fleet()
 
 
 def new_request_id() -> str:
@@ -100,7 +111,15 @@ def command_of(wanted: CommandRequest, at: str, fleet: Registry, now: datetime) 
         raise Refusal(f"expires_at {problem}", f"{at}/expires_at")
     protocol = wanted.protocol or protocol_of(wanted, fleet)
     try:
-        check(fleet, wanted.device_id, wanted.command_type, wanted.payload, protocol=protocol, states={})
+        check(
+            fleet,
+            wanted.device_id,
+            wanted.command_type,
+            wanted.payload,
+            protocol=protocol,
+            states={},
+            unknown=SETTINGS.unknown_devices,
+        )
     except CommandError as exc:
         raise Refusal(str(exc), f"{at}{exc.pointer}") from exc
     return Command(
@@ -130,7 +149,7 @@ async def queue(request: web.Request, wanted: list[tuple[str, CommandRequest]]) 
     if len(wanted) > SETTINGS.command_batch_max:
         raise Refusal(f"{len(wanted)} commands; COMMAND_BATCH_MAX={SETTINGS.command_batch_max}", "/commands", 413)
     now = datetime.now(UTC)
-    fleet = registry()
+    fleet = await FLEET.ready()
     found = [command_of(one, at, fleet, now) for at, one in wanted]
     wait = RATE.take(key_of(request) or "", len(found), time.monotonic())
     if wait:

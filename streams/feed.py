@@ -25,6 +25,23 @@ from streams.topics import Declaration
 OnRecord = Callable[[str, Any], None]
 
 
+class Feeds:
+    """The feeds that an app's agents wait for; its services set :attr:`all`. Under ``test_context`` there are none."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self.all: list[Feed] = []
+
+    async def ready(self) -> None:
+        """Return once all that the topics held at the start has been handed over."""
+        if self._app.testing:
+            return
+        while not self.all:
+            await asyncio.sleep(0.05)
+        for feed in self.all:
+            await feed.ready()
+
+
 class Feed(Service):
     """Follows one topic. ``on_caught_up`` is called each time that the end has been reached after new records."""
 

@@ -39,7 +39,8 @@ class House:
     """What all partitions share.
 
     ``send`` returns once Kafka has what it was given; ``caught_up`` tells whether all that was said of commands has
-    been read; ``expiry_seconds`` is the life of a command that does not say when it expires.
+    been read; ``expiry_seconds`` is the life of a command that does not say when it expires; ``unknown`` says what
+    becomes of commands for devices that nobody has configured (``accept``, ``reject``).
     """
 
     registry: Registry
@@ -48,6 +49,7 @@ class House:
     expiry_seconds: float
     send: Callable[[list[Outgoing]], Awaitable[None]]
     caught_up: Callable[[], bool]
+    unknown: str = "accept"
 
 
 def downlink_message(device_id: str, command: OpenCommand, attempt: int, downlink: Downlink) -> DownlinkMessage:
@@ -143,6 +145,7 @@ class Partition:
                 command.payload,
                 protocol=command.protocol,
                 states=states,
+                unknown=self.house.unknown,
             )
         except CommandError as exc:
             where = f"{exc.pointer}: " if exc.pointer else ""
@@ -177,12 +180,31 @@ class Partition:
         return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
 
     def hear(self, told: DeviceState, now: datetime) -> None:
-        """Keep what a device told of itself, and send what has waited for it."""
+        """Keep what a device told of itself, take note of a command that shows in it, and send what has waited."""
         states = self.states_of(told.device_id)
-        if states.get(told.profile) != told.state:
+        before = states.get(told.profile)
+        if before != told.state:
             self.heard[told.device_id] = encode_row({**states, told.profile: told.state})
         if told.device_id in self.wake:
-            self._dispatch(told.device_id, self.row(told.device_id), now)
+            row = self.row(told.device_id)
+            if before:
+                self._show(row, told, before, now)
+            self._dispatch(told.device_id, row, now)
+
+    def _show(self, row: Row, told: DeviceState, before: Mapping[str, Any], now: datetime) -> None:
+        """Take a state that can only come of a command that was sent before it for the device's word on it."""
+        profile = self.registry.profile(told.profile)
+        if profile is None:
+            return
+        driver = self.registry.driver(profile)
+        for command in list(row.life.open):
+            # what was received before is the request in whose answer the command went out
+            if command.sent_at is None or told.timestamp <= command.sent_at:
+                continue
+            detail = driver.applied(command.command_type, before, told.state)
+            if detail:
+                word = CommandReport(request_id=command.request_id, kind="DELIVERED", by_device=True, detail=detail)
+                self._tell(told.device_id, row, machine.report(row.life, word, now, self.limits))
 
     def report(self, word: CommandReport, now: datetime) -> None:
         """Take the word of a connector or a device; one of a command that is not open here changes nothing."""
@@ -221,7 +243,8 @@ class Partition:
 
     def _send(self, device_id: str, row: Row, command: OpenCommand, now: datetime) -> None:
         try:
-            downlink = build(self.registry, device_id, command, self.states_of(device_id), now)
+            states = self.states_of(device_id)
+            downlink = build(self.registry, device_id, command, states, now, unknown=self.house.unknown)
         except NotYet:
             return
         except Exception as exc:

@@ -51,12 +51,25 @@ def heard_as(registry: Registry, device_id: str, states: States) -> tuple[str, .
 
 
 def check(
-    registry: Registry, device_id: str, command_type: str, payload: Mapping[str, Any], *, protocol: str, states: States
+    registry: Registry,
+    device_id: str,
+    command_type: str,
+    payload: Mapping[str, Any],
+    *,
+    protocol: str,
+    states: States,
+    unknown: str = "accept",
 ) -> Target:
     """Return what a command is for; raises CommandError, with a JSON pointer, where no family takes it.
 
-    A device that has not been heard of may be of any family: the first that takes the payload.
+    A device that has not been heard of may be of any family: the first that takes the payload. With ``unknown``
+    ``reject`` it has to be configured.
     """
+    entry = registry.device(device_id)
+    if entry is None and unknown == "reject":
+        raise CommandError(f"device {device_id:.80} is not known here (UNKNOWN_DEVICES=reject)", "/device_id")
+    if entry is not None and not entry.active:
+        raise CommandError(f"device {device_id:.80} is configured as not active", "/device_id")
     known = heard_as(registry, device_id, states)
     found = targets(registry, command_type, protocol, known)
     if not found:
@@ -82,9 +95,25 @@ def _speaks(profile: Profile, protocol: str) -> bool:
     return any(match.protocol == protocol for match in profile.match)
 
 
-def build(registry: Registry, device_id: str, command: OpenCommand, states: States, now: datetime) -> Downlink:
+def build(
+    registry: Registry,
+    device_id: str,
+    command: OpenCommand,
+    states: States,
+    now: datetime,
+    *,
+    unknown: str = "accept",
+) -> Downlink:
     """Return what goes out; raises NotYet, or CommandError where it never will."""
-    target = check(registry, device_id, command.command_type, command.payload, protocol=command.protocol, states=states)
+    target = check(
+        registry,
+        device_id,
+        command.command_type,
+        command.payload,
+        protocol=command.protocol,
+        states=states,
+        unknown=unknown,
+    )
     own = states.get(target.profile.name)
     # a controller can speak two families under one id: the broker is the same
     state = own if own is not None else {name: value for other in states.values() for name, value in other.items()}
@@ -101,7 +130,7 @@ def build(registry: Registry, device_id: str, command: OpenCommand, states: Stat
         if own is None:
             raise NotYet(str(exc)) from exc
         raise
-    qos = target.profile.qos
+    qos = registry.profile_for(device_id, target.profile).qos
     if command.protocol == "mqtt" and not downlink.route:
         raise CommandError(f"{target.driver.name} names no topic for {command.command_type!r}")
     return (

@@ -107,6 +107,7 @@ def report(life: Life, word: Report, now: datetime, limits: Limits) -> list[Step
     if word.kind == "SENT":
         if word.attempt != command.attempts or not command.on_way:
             return []
+        command.sent_at = command.sent_at or word.timestamp or now
         steps = _forward(command, "SENT", word.detail, now)
         _wait(command, now, limits)
         return steps

@@ -32,6 +32,8 @@ class OpenCommand(msgspec.Struct, kw_only=True):
     attempts: int = 0
     on_way: bool = False
     waits_until: datetime | None = None
+    #: when it first left for the device, as the connector says
+    sent_at: datetime | None = None
     #: the time of its latest step
     told_at: datetime | None = None
     repeatable: bool = False

@@ -40,6 +40,8 @@ ACTIONS: Final = {
     "warning": "ACTION_TRIGGER_TRANSMISSION",
     "info": "ACTION_FAST_ADVERTISING_MODE",
 }
+#: Commands after which the device runs with another configuration.
+CHANGING: Final = frozenset({"config", "alarm"})
 # Defaults of the hysteresis, in the unit of the type; 5 % of the threshold for all others.
 HYSTERESIS: Final = {"°C": 1.0, "hPa": 5.0, "% RH": 2.0}
 

@@ -94,6 +94,13 @@ class EfentoDriver(Driver):
             return {}
         return {"hash": _parse(uplink)[0].hash}
 
+    def applied(self, command_type: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+        """Return that the hash is another one, where the command changes the configuration; 0 is no hash."""
+        old, new = before.get("hash"), after.get("hash")
+        if command_type not in commands.CHANGING or not old or not new or old == new:
+            return ""
+        return f"the device came back with another configuration hash: {old} before, {new} now"
+
     def encode(
         self,
         command_type: str,

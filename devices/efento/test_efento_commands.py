@@ -139,3 +139,20 @@ def test_alarm_level_is_an_action(level: Any, action: Any) -> None:
     """How urgent an alarm is decides how the device sends it."""
     _, sent = encode("alarm", {"channel": 1, "field_label": "OK_ALARM", "math_operator": "change", "level": level})
     assert sent.rules[0].action == action
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "known"),
+    [
+        ("config", {"hash": 7}, {"hash": 8}, True),
+        ("alarm", {"hash": 7}, {"hash": 8}, True),
+        ("config", {"hash": 7}, {"hash": 7}, False),
+        ("config", {}, {"hash": 8}, False),
+        ("config", {"hash": 0}, {"hash": 8}, False),
+        ("config", {"hash": 7}, {"hash": 0}, False),
+        ("device_info_request", {"hash": 7}, {"hash": 8}, False),
+    ],
+)
+def test_another_hash_is_another_configuration(kind: Any, before: Any, after: Any, known: Any) -> None:
+    """A hash that has changed tells that a command which changes the configuration has arrived; 0 is no hash."""
+    assert bool(EfentoDriver().applied(kind, before, after)) is known

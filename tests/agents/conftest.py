@@ -33,3 +33,9 @@ class Record:
 def records() -> Any:
     """Make records with rising offsets of the given values."""
     return lambda *values, topic="t": [Record(value, offset=n, topic=topic) for n, value in enumerate(values)]
+
+
+async def put(agent: Any, message: Any) -> None:
+    """Put one message into an agent."""
+    async with agent.test_context() as context:
+        await context.put(message)

@@ -1,4 +1,4 @@
-"""The stages on the way down under ``test_context``: what is stored, what is told, what is published."""
+"""The stage commands under ``test_context``: what is stored and what is told."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from agents import commands, mqtt_downlinks, normalizer
-from agents.coap_downlinks import Pending
+from agents import commands, normalizer
 from agents.commanding.partition import House
 from devices.commands.model import Limits
 from devices.light_controller.schedule import build_frame
@@ -22,6 +20,7 @@ from streams.messages import (
     Command,
     CommandReport,
     CommandStatus,
+    Device,
     DeviceChange,
     DeviceState,
     DownlinkMessage,
@@ -31,13 +30,13 @@ from streams.messages import (
     encode,
 )
 from streams.resilience.chunks import Chunk
-from streams.resilience.failures import Rejected, Retryable
-from tables.commands import STATES, CommandTables
+from streams.resilience.failures import Retryable
+from tables.commands import ROWS, STATES, CommandTables
+from tests.agents.conftest import put
 
 VECTOR = json.loads((Path(__file__).parents[2] / "devices" / "fluxor" / "vectors.json").read_text())[0]
 LIGHTS = Path(__file__).parents[2] / "devices" / "light_controller" / "vectors.json"
 NOW = datetime.now(UTC)
-SOON = NOW + timedelta(hours=1)
 STATE = {
     "broker_id": "7",
     "command_topic": "broker_data/7/command",
@@ -94,12 +93,6 @@ def told() -> list[str]:
         for topic, _, value, _ in commands.commands.app.captured
         if value is not None
     ]
-
-
-async def put(agent: Any, message: Any) -> None:
-    """Put one message into an agent."""
-    async with agent.test_context() as context:
-        await context.put(message)
 
 
 async def test_a_command_waits_for_its_device_and_finds_its_end(desk: commands.Desk) -> None:
@@ -222,6 +215,63 @@ async def test_no_schedule_is_stored_that_kafka_has_not(
     assert [s["known"] for s in shown()] == [1, 1]
 
 
+def configuration(request_id: str = "c1") -> Command:
+    """Return a configuration of sensor 282c02."""
+    return Command(
+        request_id=request_id,
+        device_id="282c02",
+        command_type="config",
+        payload={"transfer_limit": 5},
+        protocol="coap",
+    )
+
+
+async def test_a_sensor_that_comes_back_with_another_hash_has_it(desk: commands.Desk) -> None:
+    """The hash in a request after the answer that carried the configuration is the sensor's word; one before is not."""
+
+    async def hear(value: int, seconds: float) -> None:
+        at = NOW + timedelta(seconds=seconds)
+        told_of = DeviceState(device_id="282c02", profile="efento", state={"hash": value}, timestamp=at)
+        await put(commands.hear_devices, told_of)
+
+    await hear(1, -10)
+    await put(commands.take_commands, configuration())
+    sent = CommandReport(request_id="c1", device_id="282c02", kind="SENT", attempt=1, timestamp=NOW)
+    await put(commands.take_reports, sent)
+    # the request in whose answer it went out came with a hash that was not known yet
+    await hear(2, -0.1)
+    assert told() == ["QUEUED", topics.coap_pending.name, "SENT"]
+    await hear(2, 600)
+    assert told()[-1] == "SENT"
+    await hear(3, 1200)
+    assert told()[-2:] == ["DELIVERED", "SUCCESSFUL"]
+    assert commands.commands.app.captured[-1][:3] == (topics.coap_pending.name, b"c1", None)
+    word = decoder(CommandStatus).decode(commands.commands.app.captured[-2][2] or b"")
+    assert word.detail == "the device came back with another configuration hash: 2 before, 3 now"
+    assert not ROWS.decode(desk.house.tables.lives[b"282c02"]).life.open
+
+
+async def test_what_iot_devices_says_counts(desk: commands.Desk) -> None:
+    """Who is not active gets nothing, also of what was queued before; with ``reject`` who is not known does neither."""
+    house = desk.house
+    take = desk.registered.take
+    climate = DeviceState(device_id="2261001", profile="fluxor", state=STATE, timestamp=NOW)
+    await put(commands.take_commands, config("waits"))
+    take("2261001", Device(device_id="2261001", active=False))
+    await put(commands.take_commands, config("refused"))
+    await put(commands.hear_devices, climate)
+    assert told() == ["QUEUED", "QUEUED", "FAILED", "FAILED"]
+    desk.house = dataclasses.replace(house, unknown="reject")
+    desk.partitions.clear()
+    take("2261001", None)
+    await put(commands.take_commands, config("nobody"))
+    assert told()[4:] == ["QUEUED", "FAILED"]
+    take("2261001", Device(device_id="2261001", profile="fluxor", config={"qos": 2}))
+    await put(commands.take_commands, config("goes"))
+    assert told()[6:] == ["QUEUED", topics.downlinks.name]
+    assert decoder(DownlinkMessage).decode(commands.commands.app.captured[-1][2] or b"").qos == 2
+
+
 async def test_a_device_word_goes_to_every_partition() -> None:
     """A feedback names no device: it is handed on to the reports."""
     await put(commands.take_feedback, CommandReport(request_id="r1", kind="SUCCESSFUL", by_device=True))
@@ -258,120 +308,3 @@ async def test_the_normalizer_tells_feedback_and_state() -> None:
     states = [value for topic, _, value, _ in normalizer.normalizer.app.captured if topic == topics.device_state.name]
     assert len(states) == 1
     assert decoder(DeviceState).decode(states[0] or b"").state["command_topic"] == "broker_data/7/command"
-
-
-class Broker:
-    """A connection that notes what is published."""
-
-    def __init__(self, reason: int | Exception = 0, connected: bool = True) -> None:
-        self.reason = reason
-        self.connected = connected
-        self.published: list[str] = []
-
-    def can_publish(self) -> bool:
-        """Tell what the test wants."""
-        return self.connected
-
-    async def publish(self, topic: str, _payload: bytes, _qos: int = 1, *, retain: bool = False) -> int:
-        """Note it."""
-        assert not retain
-        self.published.append(topic)
-        if isinstance(self.reason, Exception):
-            raise self.reason
-        return self.reason
-
-
-def downlink(request_id: str = "r1", **fields: Any) -> DownlinkMessage:
-    """Return a downlink."""
-    fields = {"attempt": 1, "expires_at": SOON, "route": "t", "payload": "{}", "repeatable": True, **fields}
-    return DownlinkMessage(request_id=request_id, device_id="d1", protocol="mqtt", **fields)
-
-
-@pytest.fixture
-def sender() -> mqtt_downlinks.Sender:
-    """A sender of its own."""
-    return mqtt_downlinks.Sender(mqtt_downlinks.downlinks.app.capture)
-
-
-async def kinds(sender: mqtt_downlinks.Sender, message: DownlinkMessage, broker: Any) -> list[str]:
-    """Send; return the kinds of the reports."""
-    return [word.kind for word in await sender.send(message, broker, datetime.now(UTC))]
-
-
-async def test_what_is_published_is_said(sender: mqtt_downlinks.Sender) -> None:
-    """PUBACK is DELIVERED, nobody there is SENT alone, a refusal FAILED, too late EXPIRED and not published."""
-    assert await kinds(sender, downlink("a"), Broker()) == ["SENT", "DELIVERED"]
-    assert await kinds(sender, downlink("b"), Broker(0x10)) == ["SENT"]
-    assert await kinds(sender, downlink("c"), Broker(Rejected("no"))) == ["FAILED"]
-    late = Broker()
-    assert await kinds(sender, downlink("d", expires_at=NOW - timedelta(seconds=1)), late) == ["EXPIRED"]
-    assert late.published == []
-    assert await kinds(sender, downlink("e", qos=0), Broker()) == ["SENT"]
-
-
-async def test_a_record_that_comes_again(sender: mqtt_downlinks.Sender) -> None:
-    """The same attempt is published once by a process, and its reports are told again."""
-    broker = Broker()
-    for _ in range(2):
-        assert await kinds(sender, downlink(), broker) == ["SENT", "DELIVERED"]
-    assert broker.published == ["t"]
-    await kinds(sender, downlink(attempt=2), broker)
-    assert broker.published == ["t", "t"]
-
-
-async def test_what_is_not_safe_to_repeat_goes_out_once(sender: mqtt_downlinks.Sender) -> None:
-    """It is written down before it is published; lost on the way, or begun elsewhere, it is not sent again."""
-    message = downlink("reboot", repeatable=False)
-    with pytest.raises(Retryable):
-        await kinds(sender, message, Broker(connected=False))
-    lost = Broker(Retryable("connection lost"))
-    with pytest.raises(Retryable):
-        await kinds(sender, message, lost)
-    assert [topic for topic, *_ in mqtt_downlinks.downlinks.app.captured] == [topics.downlinks_begun.name]
-    again = Broker()
-    assert await kinds(sender, message, again) == ["SENT"]
-    assert (lost.published, again.published) == (["t"], [])
-    elsewhere = downlink("other", repeatable=False)
-    sender.note_begun("d1", elsewhere)
-    assert await kinds(sender, elsewhere, again) == ["SENT"]
-    assert again.published == []
-
-
-async def test_the_agent_leaves_other_protocols_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A downlink of another protocol is nobody's here."""
-    monkeypatch.setattr(mqtt_downlinks.Connector, "source", Broker())
-    await put(mqtt_downlinks.send_down, downlink("x1"))
-    await put(mqtt_downlinks.send_down, msgspec.structs.replace(downlink("x2"), protocol="coap"))
-    assert [topic for topic, *_ in mqtt_downlinks.downlinks.app.captured] == [topics.command_reports.name] * 2
-
-
-def test_what_waits_for_a_coap_device() -> None:
-    """It is in every answer until the device has acknowledged one, said once each, and gone with its tombstone."""
-    pending = Pending()
-    message = downlink()
-    pending.take("r1", message)
-    for _ in range(2):
-        found = pending.pending_for("d1")
-        assert found is not None
-        assert found[0] == b"{}"
-        pending.sent(found[1])
-    assert pending.pending_for("d2") is None
-    pending.delivered(message)
-    pending.delivered(message)
-    assert pending.pending_for("d1") is None
-    words = [pending.reports.get_nowait() for _ in range(pending.reports.qsize())]
-    assert [(word.kind, word.by_device) for word in words] == [("SENT", False), ("DELIVERED", True)]
-    again = downlink(attempt=2)
-    pending.take("r1", again)
-    assert pending.pending_for("d1") == (b"{}", again)
-    pending.take("r1", None)
-    pending.take("r1", None)
-    assert pending.pending_for("d1") is None
-
-
-def test_what_has_expired_is_not_given_to_a_coap_device() -> None:
-    """A device that comes too late gets nothing, and the command is said to have expired."""
-    pending = Pending()
-    pending.take("r1", downlink(expires_at=NOW - timedelta(seconds=1)))
-    assert pending.pending_for("d1") is None
-    assert pending.reports.get_nowait().kind == "EXPIRED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 
 import streams.core  # noqa: F401  (the pages hang on the host app)
+from agents.registered import Registered
 from devices.registry import DeviceEntry, Registry
+from streams import api_commands
 from streams.api import Refusal
 from streams.api_commands import CommandRequest, Rate, command_of
+from streams.messages import Device
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -58,6 +62,23 @@ def test_what_is_wrong_is_pointed_at(fleet: Registry, fields: dict[str, Any], po
     with pytest.raises(Refusal) as raised:
         command_of(asked(**fields), "/commands/3", fleet, NOW)
     assert (raised.value.status, raised.value.pointer) == (400, f"/commands/3{pointer}")
+
+
+def test_what_iot_devices_says_counts(fleet: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile that only the topic names gives the protocol; no command for who is not active, or not known."""
+    take = Registered(fleet).take
+    take("77", Device(device_id="77", profile="efento"))
+    wanted = asked(device_id="77", payload={"transfer_limit": 5})
+    assert command_of(wanted, "", fleet, NOW).protocol == "coap"
+    monkeypatch.setattr(api_commands, "SETTINGS", dataclasses.replace(api_commands.SETTINGS, unknown_devices="reject"))
+    assert command_of(wanted, "", fleet, NOW).device_id == "77"
+    with pytest.raises(Refusal, match="UNKNOWN_DEVICES=reject") as raised:
+        command_of(asked(), "", fleet, NOW)
+    assert raised.value.pointer == "/device_id"
+    take("77", Device(device_id="77", profile="efento", active=False))
+    with pytest.raises(Refusal, match="not active") as raised:
+        command_of(wanted, "/commands/0", fleet, NOW)
+    assert (raised.value.status, raised.value.pointer) == (400, "/commands/0/device_id")
 
 
 def test_the_rate_is_per_key() -> None:
