@@ -91,10 +91,16 @@ class Gateway:
         self._subscribed = threading.Event()
         self.client = paho.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         self.client.on_message = self._on_message
-        self.client.on_subscribe = lambda *_: self._subscribed.set()
+        self.client.on_subscribe = self.client.on_unsubscribe = lambda *_: self._subscribed.set()
         self.client.connect(url.hostname or "127.0.0.1", url.port or 1883)
         self.client.loop_start()
-        self.client.subscribe(f"broker_data/{broker_id}/command", qos=1)
+        self.subscribe(on=True)
+
+    def subscribe(self, *, on: bool) -> None:
+        """Hear commands, or hear none from now on; returns once the broker knows."""
+        self._subscribed.clear()
+        topic = f"broker_data/{self.broker_id}/command"
+        self.client.subscribe(topic, qos=1) if on else self.client.unsubscribe(topic)
         assert self._subscribed.wait(30)
 
     def _on_message(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
