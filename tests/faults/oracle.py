@@ -1,4 +1,4 @@
-"""The offset oracle: committed offsets, as the broker tells them, never go back and never pass the end."""
+"""The offset oracle: committed offsets, as the broker tells them, never go back and never pass the end of the log."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ from aiokafka.errors import KafkaError
 
 
 class Oracle:
-    """Samples the committed offsets of groups from a thread of its own until it is closed."""
+    """Samples the committed offsets of all groups whose names begin with ``prefix``, from a thread, until closed."""
 
-    def __init__(self, bootstrap: str, groups: list[str], *, every_seconds: float = 0.5) -> None:
-        self.groups = groups
+    def __init__(self, bootstrap: str, prefix: str, *, every_seconds: float = 0.5) -> None:
         self.violations: list[str] = []
         self.samples = 0
         self.last: dict[tuple[str, Any], int] = {}
         self._bootstrap = bootstrap
+        self._prefix = prefix
         self._every = every_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    @property
+    def groups(self) -> set[str]:
+        """The groups that have committed something."""
+        return {group for group, _ in self.last}
+
+    def forget(self) -> None:
+        """Begin anew: the broker has lost what was committed, and the test meant it to."""
+        self.last = {}
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -37,8 +46,10 @@ class Oracle:
             try:
                 await admin.start()
                 while not self._stop.is_set():
-                    for group in self.groups:
-                        self._take(group, await admin.list_consumer_group_offsets(group))
+                    last = self.last
+                    for group in sorted({found[0] for found in await admin.list_consumer_groups()}):
+                        if group.startswith(self._prefix):
+                            self._take(last, group, await admin.list_consumer_group_offsets(group))
                     self.samples += 1
                     await asyncio.sleep(self._every)
             except (KafkaError, OSError, TimeoutError):
@@ -47,9 +58,9 @@ class Oracle:
             finally:
                 await admin.close()
 
-    def _take(self, group: str, offsets: Any) -> None:
+    def _take(self, last: dict[tuple[str, Any], int], group: str, offsets: Any) -> None:
         for partition, found in offsets.items():
-            before = self.last.get((group, partition), -1)
+            before = last.get((group, partition), -1)
             if found.offset < before:
                 self.violations.append(f"{group} {partition}: committed offset went from {before} to {found.offset}")
-            self.last[(group, partition)] = found.offset
+            last[(group, partition)] = found.offset

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.faults.oracle import Oracle
 from tests.faults.worker import Realm
 from tools.simulator import Fleet, Report
 
@@ -26,16 +25,6 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = LIVENESS_
             return found
         time.sleep(0.2)
     pytest.fail(f"{what}: not within {seconds:.0f} s")
-
-
-def groups(own: Realm) -> list[str]:
-    """Return the consumer groups of the stages between MQTT and the stores."""
-    return [f"{own.name}-{stage}" for stage in ("normalizer", "ingestor", "caching")]
-
-
-def oracle(own: Realm, *, every_seconds: float = 0.5) -> Oracle:
-    """Return the offset oracle over a realm's groups, not started yet."""
-    return Oracle(own.env["KAFKA_BOOTSTRAP_SERVERS"], groups(own), every_seconds=every_seconds)
 
 
 def settled(own: Realm, fleet: Fleet) -> Report:

@@ -101,6 +101,7 @@ def test_a_broker_that_comes_back_empty(breakable: Stack, tmp_path: Path) -> Non
         worker.wait(lambda: worker.metric("headrace_in_flight") == 0, "idle")
         kafka.stop()
         shutil.rmtree(kafka.data)
+        own.oracle.forget()
         kafka.start()
         after = own.fleet(Plan(messages=600, rate=200, seed=2))
         after.start()

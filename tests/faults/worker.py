@@ -9,6 +9,9 @@
         report = own.settle(fleet)
         assert report.ok, report.text()
 
+The end of the ``with`` block is a check as well: while it was open, accounts balanced and committed offsets never went
+back; now nothing is in flight and every group has committed the ends of its logs (`tests/faults/rest.py`).
+
 Guarantees: topics, groups, database and MQTT session are the realm's alone, so that tests do not disturb each other; at
 its end its workers and fleets are ended and its database and session are gone. Only processes that were started here
 get signals.
@@ -17,7 +20,7 @@ get signals.
 import asyncio
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -26,6 +29,8 @@ import asyncpg
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
+from tests.faults.oracle import Oracle
+from tests.faults.rest import Bookkeeping, at_rest
 from tools.simulator import Fleet, Places, Plan, Report, check, settle
 from tools.stack import Stack
 from tools.worker import Worker, WorkerError
@@ -54,7 +59,9 @@ class Realm:
         self.env: dict[str, str] = {**shared, **own, **settings}
         #: settings of workers alone; the checkers go by `env`
         self.over: dict[str, str] = {}
-        self._workers: list[Worker] = []
+        self.workers: list[Worker] = []
+        self.oracle = Oracle(self.env["KAFKA_BOOTSTRAP_SERVERS"], f"{self.name}-")
+        self.bookkeeping = Bookkeeping(self)
         self._fleets: list[Fleet] = []
 
     @property
@@ -64,10 +71,10 @@ class Realm:
 
     def worker(self, name: str = "worker", *, app: str = "streams", **settings: str) -> Worker:
         """Return a worker, not started yet; a second one under another name has tables of its own."""
-        folder = self.folder / "data" / name if self._workers else Path(self.env["DATA_DIR"])
+        folder = self.folder / "data" / name if self.workers else Path(self.env["DATA_DIR"])
         env = {**self.env, "DATA_DIR": str(folder), **self.over, **settings}
         worker = Worker(env, log=self.folder / f"{name}.log", name=name, app=app)
-        self._workers.append(worker)
+        self.workers.append(worker)
         return worker
 
     def fleet(self, plan: Plan, **options: Any) -> Fleet:
@@ -87,7 +94,13 @@ class Realm:
 
     def logs(self) -> str:
         """Return the tails of all workers' logs, for a failure's message."""
-        return "\n".join(worker.tail() for worker in self._workers if worker.starts)
+        return "\n".join(worker.tail() for worker in self.workers if worker.starts)
+
+    def rest(self) -> None:
+        """Wait until all is at rest, and check what every scenario ends with; AssertionError with what is wrong."""
+        at_rest(self)
+        assert self.oracle.violations == []
+        assert self.bookkeeping.violations == []
 
     def open(self) -> None:
         """Create the database."""
@@ -99,7 +112,7 @@ class Realm:
             self.stack.part(name).resume()
         for fleet in self._fleets:
             fleet.close()
-        for worker in self._workers:
+        for worker in self.workers:
             worker.resume() if worker.alive else None
             worker.stop()
         if self.stack.part("postgresql").alive:
@@ -137,10 +150,13 @@ def realm(stack: Stack, folder: Path, **settings: str) -> Iterator[Realm]:
     """Open a realm on the stack; `settings` are over and above its own. When the test fails, the logs are printed."""
     own = Realm(stack, folder, settings)
     own.open()
-    try:
-        yield own
-    except BaseException:
-        print(own.logs())
-        raise
-    finally:
-        own.close()
+    with ExitStack() as watching:
+        watching.callback(own.close)
+        watching.enter_context(own.oracle)
+        watching.enter_context(own.bookkeeping)
+        try:
+            yield own
+            own.rest()
+        except BaseException:
+            print(own.logs())
+            raise
