@@ -68,8 +68,14 @@ class Pipeline(Service):
         super().__init__(**kwargs)
 
     async def on_stop(self) -> None:
-        """Watch the loop no longer: the end has bounds of its own."""
+        """End all stages at the same time, so that they share the bound of the end; watch nothing any longer."""
         self.watchdog.stop()
+        await self.health.stop()
+        stages = [stage for stage in self.host.stages() if stage.app.started]
+        ends = await asyncio.gather(*(stage.app.stop() for stage in stages), return_exceptions=True)
+        for stage, end in zip(stages, ends, strict=True):
+            if isinstance(end, Exception):
+                self.log.error("Stage %s did not end in order: %r; what is not committed comes again", stage.name, end)
 
     async def on_start(self) -> None:
         """Start the stages in the background: the web server tells meanwhile how far it is."""

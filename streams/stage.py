@@ -193,6 +193,7 @@ def resilience_options(settings: configuration.Settings, stage: str) -> Resilien
         in_flight_bytes=settings.in_flight_bytes,
         commit_timeout_seconds=broker.request_timeout_seconds,
         drain_seconds=settings.drain_seconds,
+        shutdown_seconds=settings.shutdown_seconds,
         max_attempts=settings.max_attempts,
         retry_base_seconds=settings.retry_base_seconds,
         retry_cap_seconds=settings.retry_cap_seconds,

@@ -20,6 +20,7 @@ from streams.resilience.agents import Agent
 from streams.resilience.backoff import Backoff
 from streams.resilience.chunks import Decode
 from streams.resilience.deadletter import Failure, cut
+from streams.resilience.ending import Worker
 from streams.resilience.failures import FailureClass, Fatal, Retryable, classify
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import Outgoing, Producer
@@ -88,6 +89,7 @@ class App(faust.App):
             Topic=Topic,
             Agent=Agent,
             TableManager=TableManager,
+            Worker=Worker,
             stream_buffer_maxsize=BUFFER_EVENTS,
             stream_wait_empty=False,
             **options,
@@ -268,7 +270,8 @@ class App(faust.App):
             task.cancel()
 
     async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:  # noqa: ARG002
-        await consumer.drain()
+        options = self.resilience
+        await consumer.drain(options.shutdown_seconds if self.should_stop else options.drain_seconds)
 
     async def _producer_flush(self, logger: Any) -> None:  # noqa: ARG002
         # What counts is awaited record by record before its input is committed; a flush here would add a second wait

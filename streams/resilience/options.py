@@ -30,6 +30,8 @@ class ResilienceOptions:
     chunks_in_flight: int = 4
     commit_timeout_seconds: float = 20.0
     drain_seconds: float = 10.0
+    #: how long the end of the worker waits for what is in flight, all stages together
+    shutdown_seconds: float = 20.0
     max_attempts: int = 5
     # what nobody has classified is tried again soon: it is either over at once or it is the message
     attempt_base_seconds: float = 0.1

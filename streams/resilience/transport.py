@@ -498,18 +498,18 @@ class Consumer(driver.Consumer):
             self.app.monitor.on_tp_commit(offsets)
             return True
 
-    async def drain(self) -> None:
-        """Wait, within DRAIN_SECONDS, until what agents have begun is complete; then commit the mark."""
-        until = time.monotonic() + self.options.drain_seconds
+    async def drain(self, seconds: float) -> None:
+        """Wait, within ``seconds``, until what agents have begun is complete; then commit the mark."""
+        until = time.monotonic() + seconds
         while self.busy and time.monotonic() < until:
             await self._wait_for_room(0.1)
         if self.busy:
             self.log.warning(
-                "%d message(s) or chunk(s) of stage %s still in flight after %.1f s (DRAIN_SECONDS); they are not "
-                "committed and will be received again",
+                "%d message(s) or chunk(s) of stage %s still in flight after %.1f s (DRAIN_SECONDS, SHUTDOWN_SECONDS); "
+                "they are not committed and will be received again",
                 len(self.busy),
                 self.options.stage,
-                self.options.drain_seconds,
+                seconds,
             )
         await self._last_commit()
 
@@ -526,7 +526,7 @@ class Consumer(driver.Consumer):
 
     async def wait_empty(self) -> None:
         """Drain; Faust's name for it."""
-        await self.drain()
+        await self.drain(self.options.drain_seconds)
 
     async def on_stop(self) -> None:
         """Commit what is complete; the app has drained before."""

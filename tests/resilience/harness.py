@@ -273,7 +273,7 @@ class Rig:
         self.consumer.stop_flow()
         self.app.flow_control.suspend()
         self.app.flow_control.clear()
-        await self.consumer.drain()
+        await self.consumer.drain(self.app.resilience.drain_seconds)
         self.consumer.forget(set(self.thread.assigned))
         self._next.clear()
 

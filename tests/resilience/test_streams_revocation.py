@@ -43,6 +43,30 @@ async def test_a_revocation_waits_commits_and_forgets() -> None:
     assert seen == [b"v0", b"v1", b"v1", b"v2", b"v3"]
 
 
+async def test_what_is_done_within_the_drain_is_committed() -> None:
+    """A body that is done while the revocation waits for it: its event is committed before the partition goes."""
+    began, gate = asyncio.Event(), asyncio.Event()
+    async with Rig(drain_seconds=60.0) as rig:
+
+        @rig.app.agent(rig.topic("in"))
+        async def work(stream: Any) -> None:
+            async for _ in stream:
+                began.set()
+                await gate.wait()
+
+        await rig.begin("in")
+        await rig.feed("in", 0, b"v0")
+        await began.wait()
+        revoking = asyncio.create_task(rig.revoke())
+        await rig.settle()
+        assert not revoking.done()
+        gate.set()
+        await revoking
+        assert rig.thread.commits == [{TP("in", 0): 1}]
+        assert rig.app.accounts.returned == 0
+        assert rig.balanced()
+
+
 async def test_a_failure_after_the_revocation_holds_nothing_back() -> None:
     """A body that raises for an event of an earlier generation leaves the partition free, which may be ours again."""
     gate = asyncio.Event()
