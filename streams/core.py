@@ -17,7 +17,7 @@ from mode import Service
 
 import settings as configuration
 from devices.configfile import ConfigErrors
-from streams import metrics, topics
+from streams import logs, metrics, topics
 from streams.events import EVENTS
 from streams.provision import TableNeeds, provision, table_partitions
 from streams.resilience.failures import Fatal
@@ -226,6 +226,7 @@ app = HostApp(
     listener=EVENTS,
     **{**faust_options(SETTINGS, "host"), "web_enabled": True},
 )
+logs.calm_kafka()
 metrics.REGISTRY.register(metrics.StageCollector(app.apps))
 
 import streams.api  # noqa: E402
