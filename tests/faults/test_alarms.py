@@ -288,9 +288,10 @@ def test_the_mail_server_away_under_load(breakable: Stack, tmp_path: Path, outag
         for device, kinds in told.kinds.items():
             for before, after in pairwise(["RESOLVED", *kinds]):
                 assert before != after or not before, (device, kinds)
-        # A bucket holds a minute's mails, so that no minute sees more than two; one answer may be lost.
+        # A bucket holds a minute's mails, so that no minute sees more than two; what each partition had begun when the
+        # server went had its token long before, and one answer may be lost.
         minute = max(sum(0 <= (other - at).total_seconds() < 60 for other in told.received) for at in told.received)
-        assert minute <= 2 * rate + 1
+        assert minute <= 2 * rate + 4 + 1
         assert fleet.join(LIVENESS_SECONDS)
         report = own.settle(fleet)
         assert report.ok, report.text()
