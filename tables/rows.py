@@ -87,8 +87,8 @@ class LocalStates(MutableMapping[str, bytes]):
                 yield bytes(key).decode(), bytes(value)
 
     def items(self) -> Any:
-        """Return the rows of this partition."""
-        return list(self._pairs())
+        """Return the rows of this partition, to be gone through once: a million of them are in no list."""
+        return self._pairs()
 
     def __iter__(self) -> Iterator[str]:
         return (key for key, _ in self._pairs())

@@ -278,12 +278,17 @@ class Consumer(driver.Consumer):
         )
 
     async def _deliver_changelog(self, tp: TP, records: list[Any]) -> None:
-        for record in records:
-            read = self._read_offset[tp]
-            if read is None or record.offset >= read:
-                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                await self.callback(self._to_message(tp, record))
-                self._read_offset[tp] = record.offset
+        read = self._read_offset[tp]
+        fresh = [record for record in records if read is None or record.offset >= read]
+        if not fresh:
+            return
+        self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+        if self.app.tables.recovery.take(tp, fresh):
+            self._read_offset[tp] = fresh[-1].offset
+            return
+        for record in fresh:
+            await self.callback(self._to_message(tp, record))
+            self._read_offset[tp] = record.offset
 
     async def _deliver(self, tp: TP, records: list[Any], generation: int) -> None:
         last = records[-1]
