@@ -150,8 +150,8 @@ async def evaluate(stream: Any) -> None:
     await FEEDS.ready()
     async for chunk in stream:
         async with watch.turn(chunk) as partition:
+            found = await partition.prepare(time.time())
             now = time.time()
-            found = partition.prepare(now)
             await chunk.each(partial(_count, partition, found, now))
             await watch.settle(partition, chunk, found)
 
@@ -168,8 +168,8 @@ async def pass_time(stream: Any) -> None:
     await FEEDS.ready()
     async for chunk in stream:
         async with watch.turn(chunk) as partition:
+            found = await partition.prepare(time.time())
             now = time.time()
-            found = partition.prepare(now)
             found += partition.tick(now, reach(alarms.app, topics.validated_data, partition.number))
             await chunk.each(_nothing)
             await watch.settle(partition, chunk, found)
@@ -186,8 +186,8 @@ async def take_actions(stream: Any) -> None:
     await FEEDS.ready()
     async for chunk in stream:
         async with watch.turn(chunk) as partition:
+            found = await partition.prepare(time.time())
             now = time.time()
-            found = partition.prepare(now)
             await chunk.each(partial(_act, partition, found, now))
             await watch.settle(partition, chunk, found)
 

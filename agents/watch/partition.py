@@ -6,6 +6,7 @@ cannot be evaluated leaves states and alerts as they were before it; time counts
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Final
 
@@ -43,19 +44,27 @@ class Partition:
         self._ticked = float("-inf")
         self._noted: tuple[float, int] | None = None
 
-    def prepare(self, now: float) -> list[Alert]:
-        """Take up timers after a start, rules and devices that have changed; returns what that opens or closes."""
+    async def prepare(self, now: float) -> list[Alert]:
+        """Take up timers after a start, rules and devices that have changed; returns what that opens or closes.
+
+        Other partitions have their turn in between: there may be a million states to look at.
+        """
         found: list[Alert] = []
         engine = self.engine
         if not self._rebuilt:
+            self.changed.clear()
             for alert in self.knowledge.open.values():
                 engine.note(alert, now)
-            found += engine.rebuild(now)
+            for some in engine.rebuild_in_slices(now):
+                found += some
+                await asyncio.sleep(0)
             self._expect_all(now, found)
             self._rebuilt = True
         if self.version != self.knowledge.version:
             self.version = self.knowledge.version
-            found += engine.set_rules(self.knowledge.rules(), now)
+            for some in engine.set_rules_in_slices(self.knowledge.rules(), now):
+                found += some
+                await asyncio.sleep(0)
             self._expect_all(now, found)
         while self.changed:
             device_id = self.changed.pop()
@@ -64,7 +73,6 @@ class Partition:
 
     def _expect_all(self, now: float, found: list[Alert]) -> None:
         """Let the silence of devices count that are registered here and were never heard."""
-        self.changed.clear()
         for device_id in self.knowledge.devices():
             info = self.knowledge.device(device_id)
             if info is None or self.home(device_id) != self.number:
