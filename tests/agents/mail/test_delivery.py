@@ -15,11 +15,12 @@ from agents.mail.send import SmtpSender
 from agents.mail.webhook import WebhookSender
 from devices.alarms.model import Alert
 from streams.resilience.failures import FailureClass, Retryable, classify
-from tests.agents.mail.conftest import START, Server, make_alert
+from tests.agents.mail.conftest import START, Certificate, Server, make_alert
 from tests.agents.mail.test_webhook import Receiver, receiver
 
 __all__ = ["receiver"]
 
+Make = Callable[..., Certificate]
 THREE = "ann@example.org,bob@example.org,eve@example.org"
 
 
@@ -162,6 +163,46 @@ async def test_4xx_for_all(server: Server, desk: Desk, answer: str) -> None:
     server.data = None
     await desk.delivery.deliver(make_alert(recipients=THREE))
     assert (len(server.taken), desk.refused) == (1, [])
+
+
+@pytest.mark.parametrize("fault", ["down", "421 at the greeting", "421 to one of three", "slow", "expired certificate"])
+async def test_a_server_of_no_use_is_nobodys_refusal(server: Server, certificates: Make, fault: str) -> None:
+    """Nobody is told and nobody refused; once the server is good again each of the three has one mail."""
+    desk = Desk(server)
+    good, tls = certificates(30), None
+    if fault == "expired certificate":
+        expired = certificates(-1)
+        # Both are known, so that it is the date alone.
+        tls = expired.client()
+        tls.load_verify_locations(good.cert)
+        await server.stop()
+        server.tls, server.tls_at_once = expired.server(), True
+        await server.start()
+    url = server.url.replace("smtp:", "smtps:") if tls else server.url
+    desk.delivery.smtp = SmtpSender(url, "alerts@example.org", timeout_seconds=0.5 if fault == "slow" else 30, tls=tls)
+    match fault:
+        case "down":
+            await server.stop()
+        case "421 at the greeting":
+            server.greeting = "421 busy"
+        case "421 to one of three":
+            server.rcpt["bob@example.org"] = "421 closing"
+        case "slow":
+            server.delay_seconds = 60
+    for _ in range(3):
+        with pytest.raises(Retryable, match="cannot take mails now"):
+            await desk.delivery.deliver(make_alert(recipients=THREE))
+    assert (server.taken, desk.sent, desk.refused) == ([], {}, [])
+    server.greeting, server.rcpt, server.delay_seconds = None, {}, 0
+    if fault in ("down", "expired certificate"):
+        server.tls = good.server() if tls else None
+        await server.stop()
+        await server.start()
+    desk.delivery.smtp = SmtpSender(url, "alerts@example.org", tls=tls)
+    await desk.delivery.deliver(make_alert(recipients=THREE))
+    assert (to(server), desk.refused) == ([THREE.split(",")], [])
+    assert {key.partition("|")[2] for key in desk.sent} == set(THREE.split(","))
+    await desk.delivery.stop()
 
 
 async def test_a_drop_after_data_is_one_copy_more(server: Server, desk: Desk) -> None:
