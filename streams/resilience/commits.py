@@ -39,8 +39,9 @@ class PartitionLedger:
     """What was delivered of one partition in one generation of the group, in order, and how far it is complete.
 
     ``mark`` is the offset that may be committed: one past the last record of the unbroken run of complete spans, None
-    while nothing is. Offsets that the log lacks (compaction, transaction markers) need no care, since only what was
-    delivered counts. ``committed`` is the last offset that a commit succeeded with.
+    while nothing is. Offsets that the log lacks (compaction, transaction markers) need no care between records; at
+    the end of the log they are passed over, so that the group gets there. ``committed`` is the last offset that a
+    commit succeeded with.
     """
 
     __slots__ = (
@@ -80,6 +81,18 @@ class PartitionLedger:
         self.in_flight += count
         self.in_flight_bytes += size_bytes
         return span
+
+    def pass_over(self, first: int, to: int) -> bool:
+        """Note that the log has no record from offset ``first`` up to, not including, ``to``; False where records
+        before ``first`` are still to be delivered, or some from there on were.
+        """
+        if self.read_to != first or to <= first:
+            return False
+        span = Span(first, to - 1, 0, 0, self.clock())
+        self.spans.append(span)
+        self.read_to = to
+        self.complete(span)
+        return True
 
     def complete(self, span: Span) -> bool:
         """Note that ``span`` is complete; return whether the mark moved."""

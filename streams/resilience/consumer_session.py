@@ -29,6 +29,7 @@ from streams.resilience.judgement import (
     is_member,
     is_reachable,
     judge,
+    position_of,
     view_partition,
 )
 
@@ -174,10 +175,18 @@ class Session(ConsumerRebalanceListener):
             self.last_fetch_at = time.monotonic()
             self.fetch_failures = 0
             backoff.healthy()
-            if records and self.settled and not self.halted:
+            if self.settled and not self.halted:
                 self._deliver(records)
+                self._pass_gaps(consumer)
             # With everything in the buffer getmany never waits; handlers and heartbeats get their turn here.
             await asyncio.sleep(0)
+
+    def _pass_gaps(self, consumer: Any) -> None:
+        """Pass over what has no record behind what was delivered: markers of transactions, what compaction has left."""
+        for tp, ledger in self.ledgers.items():
+            position = position_of(consumer._fetcher, tp)
+            if position is not None and ledger.read_to is not None:
+                ledger.pass_over(ledger.read_to, position)
 
     async def _wait_for_room(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -23,6 +23,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
+from streams.resilience.judgement import position_of
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import _quietly
 
@@ -51,6 +52,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         #: what fetches brought and nobody has collected yet, with the generation of the group that it belongs to
         self._fetched: deque[tuple[int, TP, list[Any]]] = deque()
         self._record_bytes: dict[str, int] = {}
+        #: the last stretch of each log, (generation, first, to), in which a fetch has found no record: markers of
+        #: transactions, what compaction has left
+        self.gaps: dict[TP, tuple[int, int, int]] = {}
         self._fetched_lock = threading.Lock()
 
     @property
@@ -165,14 +169,21 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
                 await self._take(fetcher, partitions, timeout, min(self._bound(tp.topic) for tp in partitions))
 
     async def _take(self, fetcher: Any, partitions: set[TP], timeout: float, bound: int) -> int:
+        before = {tp: position_of(fetcher, tp) for tp in partitions}
         records: Records = await fetcher.fetched_records(partitions, timeout=timeout, max_records=bound)
+        generation = self.app.consumer_generation_id
         # aiokafka's position is past these records now. They are handed over here and not as a result, because nobody
         # hears a result that comes after the call has timed out.
         for tp, found in records.items():
-            self._fetched.append((self.app.consumer_generation_id, TP(tp.topic, tp.partition), found))
+            self._fetched.append((generation, TP(tp.topic, tp.partition), found))
+            before[TP(tp.topic, tp.partition)] = found[-1].offset + 1
             some = found[:: len(found) // 64 + 1]
             size = sum([record.serialized_key_size + record.serialized_value_size for record in some])
             self._record_bytes[tp.topic] = max(1, size // len(some))
+        for tp, first in before.items():
+            to = position_of(fetcher, tp)
+            if first is not None and to is not None and to > first:
+                self.gaps[tp] = (generation, first, to)
         return len(records)
 
     def _bound(self, topic: str) -> int:

@@ -153,6 +153,16 @@ def is_member(coordinator: Any, now: float, changed: dict[str, float]) -> bool:
     return now - changed.setdefault("outside", now) < 10.0
 
 
+def position_of(fetcher: Any, tp: Any) -> int | None:
+    """Return the offset that ``fetcher`` (aiokafka's) reads next, None while it does not know; waits for nothing."""
+    subscription = fetcher._subscriptions.subscription
+    if subscription is None or subscription.assignment is None:
+        return None
+    state = subscription.assignment.state_value(tp)
+    position: int | None = None if state is None else state._position
+    return position
+
+
 def is_reachable(client: Any) -> bool:
     """Return whether ``client`` (aiokafka's consumer) has a connection to any broker."""
     connections = getattr(client._client, "_conns", {})

@@ -214,6 +214,8 @@ class Consumer(driver.Consumer):
                     await asyncio.sleep(FEW_RECORDS_SECONDS)
             else:
                 await asyncio.sleep(0)
+            if self._thread.gaps:
+                self._pass_gaps()
 
     def _readable(self) -> set[TP]:
         """Return the partitions that may be read now.
@@ -263,6 +265,24 @@ class Consumer(driver.Consumer):
                     await self._deliver_one(tp, record, generation)
                     if number % 100 == 99:
                         await asyncio.sleep(0)
+
+    def _pass_gaps(self) -> None:
+        """Pass over what fetches have found no record in, once all that is before it was delivered."""
+        gaps = self._thread.gaps
+        for tp, gap in list(gaps.items()):
+            generation, first, to = gap
+            ledger = self.ledgers.get(tp)
+            if (
+                ledger is None
+                and first == self._committed_offset.get(tp)
+                and self.app.topics.acks_enabled_for(tp.topic)
+            ):
+                ledger = self.ledgers.open(tp, first)
+                ledger.read_to = first
+            if ledger is not None and self._deliverable(generation):
+                ledger.pass_over(first, to)
+            if gaps.get(tp) is gap:
+                del gaps[tp]
 
     def _deliverable(self, generation: int | None) -> bool:
         """Tell whether records of ``generation`` still count; asked right before each hand-over.

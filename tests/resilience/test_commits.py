@@ -151,3 +151,20 @@ def test_room_is_bounded_for_all_and_for_one() -> None:
     assert spans[0]
     books["p0"].complete(spans[0])
     assert books.with_room(["p0", "p1", "p2"]) == {"p0", "p2"}
+
+
+def test_what_has_no_record_is_passed_over() -> None:
+    """A stretch without records right behind what was delivered moves the mark; one behind records to come does not."""
+    ledger = PartitionLedger(10)
+    span = ledger.deliver(10, 12, 3)
+    assert span is not None
+    assert not ledger.pass_over(15, 16), "13 and 14 are still to be delivered"
+    assert ledger.pass_over(13, 15)
+    assert ledger.committable() is None, "10 to 12 are in flight"
+    assert not ledger.pass_over(13, 15), "it was passed over before"
+    ledger.complete(span)
+    assert ledger.committable() == 15
+    assert (ledger.in_flight, ledger.in_flight_bytes) == (0, 0)
+    assert ledger.deliver(14, 14, 1) is None
+    assert ledger.deliver(15, 15, 1) is not None
+    assert not ledger.pass_over(16, 16)

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import aiokafka
 import pytest
+from aiokafka import TopicPartition
 from faust.types import TP
 
 from streams.resilience.application import App
@@ -97,6 +99,45 @@ async def test_one_poison_message_among_a_thousand(log: Log, tmp_path: Path) -> 
     assert (headers["dlq-group"], headers["dlq-stage"]) == (app.conf.id, "try")
     assert (app.accounts.forwarded, app.accounts.dead_lettered) == (999, {"poison": 1})
     assert app.accounts.balance() == 0
+
+
+async def test_the_end_of_a_log_that_ends_with_a_marker(log: Log, tmp_path: Path) -> None:
+    """Records written in transactions: the group commits past the markers too, also one that has only those to read."""
+    source, letters = await log.topic("in"), await log.topic("errors")
+    group = f"{log.prefix}markers"
+    got: list[bytes] = []
+
+    def fresh(name: str) -> App:
+        app = stage(log.servers, group, tmp_path / name, letters)
+
+        @app.agent(app.chunk_topic(source, bytes))
+        async def work(stream: Any) -> None:
+            async for chunk in stream:
+                got.extend(record.value for record in chunk.records)
+
+        return app
+
+    async with aiokafka.AIOKafkaProducer(
+        bootstrap_servers=log.servers, transactional_id=f"{log.prefix}writer"
+    ) as producer:
+        for value in (b"a", b"b"):
+            async with producer.transaction():
+                await producer.send_and_wait(source, value, partition=0)
+        async with running(fresh("one")) as app:
+            await log.until_committed(group, source, 4)
+            assert app.typed_consumer is not None
+            await log.until(lambda: app.typed_consumer and app.typed_consumer.lags() == {TP(source, 0): 0}, "no lag")
+        # what a worker before us has committed ends right before a marker
+        async with producer.transaction():
+            await producer.send_and_wait(source, b"c", partition=0)
+        async with aiokafka.AIOKafkaConsumer(
+            bootstrap_servers=log.servers, group_id=group, enable_auto_commit=False
+        ) as other:
+            other.assign([TopicPartition(source, 0)])
+            await other.commit({TopicPartition(source, 0): 5})
+        async with running(fresh("two")):
+            await log.until_committed(group, source, 6)
+    assert got == [b"a", b"b"]
 
 
 async def test_a_record_too_large_for_the_dead_letters_is_cut(log: Log, tmp_path: Path) -> None:
