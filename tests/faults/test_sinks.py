@@ -13,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import psutil
 import pytest
+import redis
 
 from tests.faults.proxy import Proxy
 from tests.faults.support import STAGES, settled, wait_for
@@ -184,3 +185,35 @@ def test_connections_to_the_cache_in_a_black_hole(breakable: Stack, tmp_path: Pa
         received = worker.metric("headrace_received_total", stage="ingestor")
         wait_for("the cache has caught up", lambda: forwarded(worker, "caching") >= received)
         assert worker.alive
+
+
+def test_a_cache_that_takes_no_writes(breakable: Stack, tmp_path: Path) -> None:
+    """Valkey is a replica (READONLY), then out of memory (OOM): rows go on, no dead letter, the cache catches up."""
+    with realm(breakable, tmp_path, STAGES=STAGES) as own:
+        client = redis.Redis.from_url(own.env["REDIS_URL"])
+        worker = own.worker().start()
+        fleet = own.fleet(Plan(rate=200))
+        fleet.start()
+        faults = {
+            "ReadOnlyError": (lambda: client.replicaof("127.0.0.1", "1"), lambda: client.replicaof("NO", "ONE")),
+            "OutOfMemoryError": (
+                lambda: client.config_set("maxmemory", 1),
+                lambda: client.config_set("maxmemory", 0),
+            ),
+        }
+        for error, (begin, end) in faults.items():
+            cached = forwarded(worker, "caching")
+            wait_for("something cached", lambda cached=cached: forwarded(worker, "caching") > cached)
+            begin()
+            try:
+                stored = forwarded(worker, "ingestor")
+                wait_for("rows meanwhile", lambda stored=stored: forwarded(worker, "ingestor") > stored + 200)
+                wait_for("the fault is felt", lambda error=error: error in worker.output())
+            finally:
+                end()
+        fleet.stop()
+        settled(own, fleet)
+        received = worker.metric("headrace_received_total", stage="ingestor")
+        wait_for("the cache has caught up", lambda: forwarded(worker, "caching") >= received)
+        assert worker.metric("headrace_dead_letters_total") == 0
+        client.close()
