@@ -31,9 +31,15 @@ class FakeConsumer:
         self._coordinator = self
         self._fetcher = self
         self._subscriptions = self
+        self.subscription = SimpleNamespace(assignment=self)
+        #: what is read next
+        self.reads: dict[TopicPartition, int] = {}
         self.records: dict[TopicPartition, list[str]] = {}
         self.slow = threading.Event()
         self.slow.set()
+
+    def state_value(self, tp: TopicPartition) -> Any:
+        return SimpleNamespace(_position=self.reads.get(tp))
 
     async def commit(self, offsets: Any) -> None:  # noqa: ARG002
         found = self.answer()
@@ -85,6 +91,7 @@ class Entry(str):
     """A record of 8 KiB."""
 
     __slots__ = ()
+    offset = 7
     serialized_key_size, serialized_value_size = 0, 8192
 
 
@@ -110,6 +117,7 @@ def thread() -> Iterator[Any]:
         _fetched=deque(),
         _fetched_lock=threading.Lock(),
         _record_bytes={},
+        gaps={},
         consumer=SimpleNamespace(flow_active=True),
         log=logging.getLogger("test"),
     )
@@ -157,6 +165,21 @@ async def test_a_large_fetch_is_taken_bit_by_bit(thread: Any) -> None:
     assert first.keys() == second.keys() == {P0, P1}
     assert all(0 < count <= 512 for count in (*first.values(), *second.values()))
     assert thread._consumer.records.keys() <= {P0, P1}
+
+
+async def test_what_a_fetch_finds_no_record_in_is_told(thread: Any) -> None:
+    """Markers behind the last record, and markers alone: from where, and up to where."""
+    thread._consumer.records = {P0: ["a"]}
+    thread._consumer.reads = {P0: 9, P1: 3}
+    await thread.fetch({P0, P1}, 1.0)
+    assert thread.gaps == {P0: (1, 8, 9)}
+    thread._consumer.slow.clear()
+    waiting = asyncio.ensure_future(thread.fetch({P1}, 1.0))
+    await asyncio.sleep(0.05)
+    thread._consumer.reads[P1] = 4
+    thread._consumer.slow.set()
+    await waiting
+    assert thread.gaps[P1] == (1, 3, 4)
 
 
 async def test_records_of_a_fetch_that_nobody_waited_for_are_not_lost(thread: Any) -> None:
