@@ -17,12 +17,12 @@ from faust.types import TP
 
 from streams.resilience.chunks import Chunk, failure_of
 from streams.resilience.deadletter import headers_of
+from streams.resilience.delivery import Delivery
 from streams.resilience.failures import FailureClass, Retryable, SetAside, classify
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import Outgoing
 from streams.resilience.redelivery import Redelivery
 from streams.resilience.topics import Event, RecordOf
-from streams.resilience.transport import Delivery
 
 _LETTER_KINDS = {FailureClass.POISON: "poison", FailureClass.REJECTED: "rejected"}
 

@@ -24,11 +24,11 @@ from faust.types import ChannelT, EventT
 from mode.utils.times import want_seconds
 
 from streams.resilience.chunks import Chunk, Decode
+from streams.resilience.delivery import Delivery
 from streams.resilience.failures import Poison
 from streams.resilience.redelivery import Turn
 from streams.resilience.settling import Settling
 from streams.resilience.topics import Event, RecordOf, Undecodable, current_stream
-from streams.resilience.transport import Delivery
 
 _NOTHING = object()
 #: How often it is looked whether what goes before an event that is tried alone has arrived; a rare moment.

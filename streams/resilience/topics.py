@@ -14,8 +14,8 @@ from faust.events import Event as FaustEvent
 from faust.topics import Topic as FaustTopic
 
 from streams.resilience.chunks import Chunk
+from streams.resilience.delivery import Delivery
 from streams.resilience.failures import FailureClass, classify
-from streams.resilience.transport import Delivery
 
 if TYPE_CHECKING:
     from streams.resilience.settling import Settling

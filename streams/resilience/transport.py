@@ -13,9 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from aiokafka.errors import ConsumerStoppedError
@@ -23,14 +21,12 @@ from faust.exceptions import ConsumerNotStarted
 from faust.transport import consumer as faust_consumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
-from faust.types.tuples import ConsumerMessage
 from mode import Service
 
-from streams.resilience.accounts import Accounts
-from streams.resilience.commits import Ledgers, PartitionLedger, Span
+from streams.resilience.commits import Ledgers
 from streams.resilience.consumer_thread import ConsumerThread
-from streams.resilience.failures import Fatal
-from streams.resilience.options import ResilienceOptions
+from streams.resilience.delivery import Completing, Delivery
+from streams.resilience.positions import Positions
 from streams.resilience.producer import Producer
 
 #: Stands for aiokafka's record object and the objects around key and value (tracemalloc, CPython 3.11).
@@ -46,59 +42,19 @@ FEW_RECORDS_SECONDS = 0.008
 LAST_COMMIT_SECONDS = 5.0
 
 
-class Delivery(ConsumerMessage):
-    """A record, or the records of one chunk (``records``), on its way through agents of this app.
-
-    It is complete when every stream that got it has acknowledged it (``handled``) and everything sent on its behalf has
-    been acknowledged by Kafka (``debts`` is 0).
-    """
-
-    span: Span | None = None
-    ledger: PartitionLedger | None = None
-    records: list[Any] | None = None
-    handled = False
-    debts = 0
-    failures: dict[Any, BaseException] | None = None
-    #: what became of the records, by offset, that were not forwarded; each has one fate, whoever handled it how often
-    dead: dict[int, str] | None = None
-    dropped: dict[int, str] | None = None
-
-    def note_dead(self, offset: int, kind: str) -> None:
-        """Note that the record at ``offset`` becomes a dead letter of class ``kind``."""
-        self.dead = self.dead or {}
-        self.dead[offset] = kind
-
-    def note_dropped(self, offset: int, reason: str) -> None:
-        """Note that nothing comes of the record at ``offset``."""
-        self.dropped = self.dropped or {}
-        self.dropped[offset] = reason
-
-    def forget_fates(self, offsets: Iterable[int]) -> None:
-        """Forget what became of records that are handled once more."""
-        for offset in offsets:
-            for fates in (self.dead, self.dropped):
-                if fates is not None:
-                    fates.pop(offset, None)
-
-
-class Consumer(driver.Consumer):
+class Consumer(Completing, Positions, driver.Consumer):
     """Faust's consumer with commit control of our own."""
-
-    app: Any
-    transport: Any
-
-    _thread: ConsumerThread
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ledgers: Ledgers[TP] = Ledgers(self.options.in_flight_bytes)
+        self.ledgers = Ledgers(self.options.in_flight_bytes)
         #: partitions that are not read just now, and the streams that hold them back
         self.held: dict[TP, set[Any]] = {}
         self.busy: set[Delivery] = set()
         self.last_commit_at: float | None = None
         self.last_fetch_at = time.monotonic()
         #: ends of logs as last asked for; a partition that is not read just now does not learn them from fetches
-        self.ends: dict[TP, int] = {}
+        self.ends = {}
         self.fetch_failures = 0
         self.recreations = 0
         self.last_failure: str | None = None
@@ -108,18 +64,6 @@ class Consumer(driver.Consumer):
     def topic_partitions(self, topic: str) -> int | None:
         """Return how many partitions a topic has, None where the client has not seen it yet (0 to aiokafka)."""
         return super().topic_partitions(topic) or None
-
-    @property
-    def options(self) -> ResilienceOptions:
-        """The options of the app that owns this consumer."""
-        options: ResilienceOptions = self.transport.app.resilience
-        return options
-
-    @property
-    def accounts(self) -> Accounts:
-        """The accounts of the app that owns this consumer."""
-        accounts: Accounts = self.app.accounts
-        return accounts
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -378,125 +322,6 @@ class Consumer(driver.Consumer):
         self._read_offset[tp] = message.offset
         await self.callback(message)
 
-    async def perform_seek(self) -> None:
-        """Go to the committed offsets; where the log no longer has one, as ``OFFSET_OUT_OF_RANGE`` says, never
-        silently.
-        """
-        await super().perform_seek()
-        committed = {
-            tp: offset
-            for tp, offset in self._committed_offset.items()
-            if offset is not None and self.app.topics.acks_enabled_for(tp.topic)
-        }
-        if not committed:
-            return
-        first = await self.earliest_offsets(*committed)
-        end = await self.highwaters(*committed)
-        for tp, offset in committed.items():
-            low, high = first.get(tp), end.get(tp)
-            if low is not None and high is not None and not low <= offset <= high:
-                await self._out_of_range(tp, offset, low, high)
-
-    async def _out_of_range(self, tp: TP, committed: int, first: int, end: int) -> None:
-        policy = self.options.offset_out_of_range
-        self.accounts.offset_resets += 1
-        lost = (
-            f"{first - committed} record(s) before offset {first} are gone"
-            if committed < first
-            else "its log began anew"
-        )
-        self.log.error(
-            "%s[%d] in group %s: committed offset %d is out of range (%d … %d): %s; OFFSET_OUT_OF_RANGE=%s",
-            tp.topic,
-            tp.partition,
-            self.app.conf.id,
-            committed,
-            first,
-            end,
-            lost,
-            policy,
-        )
-        if policy == "stop":
-            self.app.fatal(
-                Fatal(
-                    f"{tp.topic}[{tp.partition}]: committed offset {committed} is out of range ({first} … {end}), and "
-                    "OFFSET_OUT_OF_RANGE=stop; set the group's offset, or choose earliest or latest"
-                )
-            )
-            return
-        wanted = end if policy == "latest" else first
-        await self.seek(tp, wanted)
-        self._committed_offset[tp] = None
-
-    # -- completing -------------------------------------------------------------------------------------------------
-
-    def ack(self, message: Any) -> bool:
-        """Note that every stream is done with ``message``; it is complete once its debts are paid."""
-        if message.acked:
-            return False
-        message.acked = True
-        self._unacked_messages.discard(message)
-        if isinstance(message, Delivery) and message.span is not None:
-            message.handled = True
-            self._settle(message)
-        return True
-
-    def owe(self, message: Delivery, future: asyncio.Future[Any], owner: Any) -> None:
-        """Make ``message`` wait for ``future``; ``owner.delivery_failed(exc)`` is called when it fails."""
-        message.debts += 1
-        future.add_done_callback(partial(self._paid, message, owner))
-
-    def _paid(self, message: Delivery, owner: Any, future: asyncio.Future[Any]) -> None:
-        message.debts -= 1
-        exc = asyncio.CancelledError() if future.cancelled() else future.exception()
-        if exc is not None:
-            message.failures = message.failures or {}
-            message.failures[owner] = exc
-        if message.handled or message.failures:
-            self._settle(message)
-
-    def settle_failures(self, message: Delivery) -> None:
-        """Look at what of ``message`` has not arrived; for an event that is acknowledged, others of it not yet."""
-        if message.failures:
-            self._settle(message)
-
-    def _settle(self, message: Delivery) -> None:
-        if message.debts:
-            return
-        span, ledger = message.span, message.ledger
-        if span is None or ledger is None or span.complete:
-            return
-        if message.failures:
-            self._deliver_again(message, ledger)
-            return
-        if not message.handled:
-            return
-        self.busy.discard(message)
-        if ledger.live:
-            ledger.complete(span)
-            dead = message.dead or {}
-            dropped = [reason for offset, reason in (message.dropped or {}).items() if offset not in dead]
-            self.accounts.settle(span.count, Counter(dead.values()), Counter(dropped))
-        self.wake_reader()
-
-    @staticmethod
-    def _deliver_again(message: Delivery, ledger: PartitionLedger) -> None:
-        """Have those events delivered again whose outputs have not arrived.
-
-        At once where the body is done with an event, so that it comes before what waits behind it; with the last
-        acknowledgement of the message where a body still has it, or has failed at it meanwhile.
-        """
-        failures = message.failures or {}
-        now = {owner: exc for owner, exc in failures.items() if message.handled or owner.done}
-        message.failures = {owner: exc for owner, exc in failures.items() if owner not in now} or None
-        if not ledger.live or not now:
-            return
-        # All references before the first event is settled: it may be acknowledged again before the second one is.
-        message.handled = message.acked = False
-        message.incref(len(now))
-        for owner, exc in now.items():
-            owner.delivery_failed(exc)
-
     # -- committing -------------------------------------------------------------------------------------------------
 
     async def commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:  # noqa: ARG002
@@ -615,32 +440,6 @@ class Consumer(driver.Consumer):
         self.recreations += 1
         self.accounts.recreations += 1
         self.log.info("Successfully recreated consumer after error (attempt %d)", self.recreations)
-
-    async def look_up_ends(self, bound_seconds: float) -> None:
-        """Ask the broker for the ends of the logs that are read here; raises what aiokafka raises, and TimeoutError."""
-        tps = [tp for tp, _ in self.ledgers.items()]
-        if tps:
-            self.ends = await self._thread.end_offsets(tps, bound_seconds)
-
-    def end_of(self, tp: TP) -> int | None:
-        """Return the end of a log as far as known, None where nothing is."""
-        known = self.ends.get(tp)
-        try:
-            fetched = self.highwater(tp)
-        except Exception as exc:
-            self.log.debug("no end offset of %s: %r", tp, exc)
-            return known
-        return fetched if known is None else max(known, fetched or 0)
-
-    def lags(self) -> dict[TP, int]:
-        """Return, for each partition read so far, the records between what is committed and the end of the log."""
-        found = {}
-        for tp, ledger in self.ledgers.items():
-            end = self.end_of(tp)
-            done = ledger.committed if ledger.committed is not None else ledger.mark
-            if end is not None and done is not None:
-                found[tp] = max(0, end - done)
-        return found
 
     def verify_event_path(self, now: float, tp: TP) -> None:
         """Leave this to the health checks, which know a paused partition and a slow handler from a hang."""
