@@ -10,8 +10,7 @@ Dropped: NON beyond ``COAP_MAX_PENDING`` (``overload``), what is refused, under 
 from __future__ import annotations
 
 import asyncio
-import os
-import time
+import gc
 from typing import Any
 
 from aiocoap.numbers.codes import SERVICE_UNAVAILABLE
@@ -22,6 +21,7 @@ from agents.edges.coap_dtls import DtlsListener
 from agents.edges.coap_requests import Judge, Refusal
 from agents.edges.coap_security import Security, load_security
 from agents.edges.coap_server import CoapServer
+from agents.edges.ids import new_request_id
 from agents.registered import Registered
 from devices.registry import Registry
 from streams import metrics, topics
@@ -32,11 +32,6 @@ from streams.stage import Stage
 
 coap = Stage("coap")
 arrivals = coap.app.channel()
-
-
-def new_request_id() -> str:
-    """Return a request id: 48 bits of milliseconds, so that ids sort by time, and 80 random bits, in hex."""
-    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
 
 
 def raw_message(arrival: Arrival, request_id: str) -> RawMessage:
@@ -221,6 +216,10 @@ class Listener(Service):
         except OSError as exc:
             raise OSError(f"COAP_BIND={settings.coap_bind}: {exc.strerror or exc}; choose another address") from exc
         Listener.server = server
+        # What a worker has loaded by now stays; without this each full collection looks at all of it, for 0.1 s, while
+        # devices wait.
+        gc.collect()
+        gc.freeze()
         bind = settings.coap_dtls_bind
         self.dtls = security().listener(bind.host, bind.port, server.received)
         if self.dtls is not None:

@@ -11,13 +11,12 @@ first KiB). Dropped: nothing; messages of QoS 0 beyond 10,000 in hand, which car
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from datetime import UTC, datetime
 from typing import Any
 
 from mode import Service
 
+from agents.edges.ids import new_request_id
 from agents.edges.mqtt_client import Batch, MqttSource, SourceEvent, TlsFiles
 from agents.edges.mqtt_wire import Arrival
 from agents.edges.raw import fallback_device_id, raw_records, refusal
@@ -45,11 +44,6 @@ class RefusedArrival:
         self.value = arrival.payload
         self.timestamp = int(arrival.arrived_at.timestamp() * 1000)
         self.topic = arrival.topic
-
-
-def new_request_id() -> str:
-    """Return a request id: 48 bits of milliseconds, so that ids sort by time, and 80 random bits, in hex."""
-    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
 
 
 class Intake:

@@ -11,6 +11,8 @@ OURS = {
     "race": "the normalizer's work: Headrace beside plain Faust, aiokafka, Quix Streams, librdkafka",
     "rows": "raw topic to rows in PostgreSQL, and from device to row at 500 messages/s",
     "memory": "highest memory with a large backlog",
+    "coap": "confirmed CoAP requests a second into Kafka, and how long devices wait",
+    "drivers": "what it costs to decode a message of each family",
 }
 #: Programs of their own: ``python -m bench.NAME``.
 OTHERS = {
@@ -18,7 +20,6 @@ OTHERS = {
     "alarms": "what evaluating alarm rules costs",
     "consumers": "the resilient consumers beside a handwritten loop",
     "claims": "lines of code, errors, lost and repeated messages of six services in two forms",
-    "coap": "confirmed CoAP requests a second into Kafka",
 }
 DEFAULT = ("race", "rows")
 

@@ -15,6 +15,7 @@ from aiocoap.message import Message
 from aiocoap.numbers import codes
 from aiocoap.numbers.codes import Code
 
+from agents.edges.coap_wire import Request
 from devices.driver import Driver
 from devices.model import AnotherDevice, DecodeError, Uplink
 from devices.profiles import usable_device_id
@@ -80,6 +81,17 @@ def uplink_of(
     )
 
 
+class Routed(NamedTuple):
+    """What the options of a request say; ``plain``: no blocks, nothing of RFC 7967, nothing encrypted."""
+
+    path: str
+    method: str
+    candidates: tuple[Candidate, ...]
+    content_format: int | None
+    metadata: dict[str, Any]
+    plain: bool
+
+
 class Judge:
     """Decides over requests. ``known(device_id)`` is None where devices that nobody configured are welcome.
 
@@ -129,6 +141,22 @@ class Judge:
             methods = " ".join(dict.fromkeys(m for candidate in candidates for m in candidate.match.methods))
             raise Refusal(codes.METHOD_NOT_ALLOWED, f"{method} /{path:.80}: allowed is {methods}", "bad_request")
         return path, method, allowed
+
+    def routed(self, message: Message) -> Routed:
+        """Return what a request's options say, once for all requests that share them; raises what :meth:`route`
+        raises."""
+        head = message.head if isinstance(message, Request) else None
+        if head is not None and head.memo is not None:
+            known: Routed = head.memo
+            return known
+        path, method, candidates = self.route(message)
+        opt = message.opt
+        plain = opt.block1 is None and opt.block2 is None and opt.no_response is None and opt.oscore is None
+        metadata = {"uri_path": path, "method": method, **options_of(message)}
+        found = Routed(path, method, candidates, opt.content_format, metadata, plain)
+        if head is not None:
+            head.memo = found
+        return found
 
     def size(self, length: int) -> None:
         """Raise Refusal (4.13) for a body that is too large."""

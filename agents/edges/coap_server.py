@@ -31,12 +31,13 @@ from agents.edges.coap_requests import (
     Found,
     Judge,
     Refusal,
+    Routed,
     code_of,
     diagnostic,
-    options_of,
     uplink_of,
 )
 from agents.edges.coap_udp import UdpSocket
+from devices.driver import Driver
 
 TICK_SECONDS: Final = 0.05
 PARALLEL_BATCHES: Final = 3
@@ -141,17 +142,22 @@ class CoapServer:
         self.exchanges.remember(exchange)
         identity = exchange.peer.device_id
         try:
-            if message.opt.oscore is not None:
+            routed = None if message.opt.oscore is not None else self.judge.routed(message)
+            if routed is None:
                 if self._shield is None:
                     raise Refusal(codes.BAD_OPTION, "no OSCORE here: COAP_OSCORE_KEYS is not set", "bad_key")
                 message, identity, exchange.protect = self._shield.open(message)
-            exchange.no_response = message.opt.no_response or 0
-            self._handle(exchange, message, identity)
+                exchange.no_response = message.opt.no_response or 0
+                routed = self.judge.routed(message)
+            elif not routed.plain:
+                exchange.no_response = message.opt.no_response or 0
+            self._handle(exchange, message, identity, routed)
         except Answered as exc:
             self._count(exc.reason, 1)
             self.exchanges.answer(exchange, exc.message)
         except Refusal as exc:
             self._count(exc.reason, 1)
+            exchange.no_response = exchange.no_response or message.opt.no_response or 0
             self.exchanges.answer(exchange, diagnostic(exc))
         except BlockError as exc:
             self._count("blocks", 1)
@@ -164,31 +170,33 @@ class CoapServer:
             self._count("internal_error", 1)
             self.exchanges.answer(exchange, Message(code=codes.INTERNAL_SERVER_ERROR, payload=b"see the server's log"))
 
-    def _handle(self, exchange: Exchange, message: Message, identity: str | None) -> None:
-        path, method, candidates = self.judge.route(message)
-        opt = message.opt
-        key = (exchange.peer.where, identity, method, path)
-        if opt.block2 is not None and opt.block2.block_number > 0 and path != WELL_KNOWN:
-            self.exchanges.answer(exchange, self._answers.next(key, message))
-            return
+    def _handle(self, exchange: Exchange, message: Message, identity: str | None, routed: Routed) -> None:
+        path, method = routed.path, routed.method
         body = message.payload
-        if opt.block1 is not None:
-            whole = self._bodies.add((*key, *opt.request_tag), message, self.judge.max_message_bytes)
-            if whole is None:
-                self.exchanges.answer(exchange, Message(code=codes.CONTINUE, block1=opt.block1))
+        if not routed.plain or path == WELL_KNOWN:
+            opt = message.opt
+            key = (exchange.peer.where, identity, method, path)
+            if opt.block2 is not None and opt.block2.block_number > 0 and path != WELL_KNOWN:
+                self.exchanges.answer(exchange, self._answers.next(key, message))
                 return
-            body = whole
+            if opt.block1 is not None:
+                whole = self._bodies.add((*key, *opt.request_tag), message, self.judge.max_message_bytes)
+                if whole is None:
+                    self.exchanges.answer(exchange, Message(code=codes.CONTINUE, block1=opt.block1))
+                    return
+                body = whole
+            if path == WELL_KNOWN:
+                self.judge.size(len(body))
+                self._list(exchange, message, key)
+                return
         self.judge.size(len(body))
-        if path == WELL_KNOWN:
-            self._list(exchange, message, key)
-            return
-        found = self.judge.find(path, method, candidates, body, opt.content_format)
+        found = self.judge.find(path, method, routed.candidates, body, routed.content_format)
         if found.candidate.match.kind == "request":
             self._count("no_readings", 1)
             self._reply(exchange, message, found, identity or "", body)
             return
         device_id = self.judge.device_id(found, body, identity)
-        metadata = {"uri_path": path, "method": method, "source": exchange.peer.where, **options_of(message)}
+        metadata = {**routed.metadata, "source": exchange.peer.where}
         if identity is not None:
             metadata["security"] = "oscore" if exchange.protect is not None else "dtls"
         due = self._clock() + self._answer_seconds
@@ -241,16 +249,16 @@ class CoapServer:
     def _finish(self, arrivals: list[Arrival], taken: bool) -> None:
         self._batches -= 1
         self._wanted.set()
+        if arrivals:
+            self._count(Event.ACKNOWLEDGED if taken else Event.RETURNED, len(arrivals))
         for arrival in arrivals:
             self.pending -= 1
             self.pending_bytes -= len(arrival.payload)
             arrival.state = State.TAKEN if taken else State.GONE
             if taken:
-                self._count(Event.ACKNOWLEDGED, 1)
                 if not arrival.exchange.answered:
                     self._answer(arrival)
             else:
-                self._count(Event.RETURNED, 1)
                 self._late.pop(arrival.same, None)
                 unavailable = self._service_unavailable("the message store has not taken it; come again")
                 self.exchanges.answer(arrival.exchange, unavailable)
@@ -284,6 +292,9 @@ class CoapServer:
         try:
             pending = self.downlinks.pending_for(device_id) if self.downlinks is not None and device_id else None
             driver = self.judge.registry.driver(found.candidate.profile)
+            if type(driver).reply is Driver.reply and request.opt.block1 is None:
+                self.exchanges.answer_bare(exchange, codes.CHANGED)
+                return
             now = datetime.now(UTC)
             uplink = uplink_of(found.route, body, device_id=device_id, at=now)
             reply = driver.reply(uplink, now, None if pending is None else pending[0])
