@@ -545,7 +545,11 @@ class Settings:
         _RES, "20", _seconds(0, 600), "How long the end of a worker waits for what is in flight."
     )
     in_flight_bytes: int = _setting(
-        _RES, "32MiB", _size(1 * MIB, 4096 * MIB), "Most that one stage holds in memory: read, and not yet complete."
+        _RES,
+        "32MiB",
+        _size(1 * MIB, 4096 * MIB),
+        "Most that one stage holds in memory: read, and not yet complete. A partition that holds nothing is read in "
+        "any case, one fetch of it.",
     )
     recreate_budget_seconds: float = _setting(
         _RES,

@@ -197,11 +197,11 @@ class Ledgers(Generic[TP]):
     def with_room(self, tps: Iterable[TP]) -> set[TP]:
         """Return those of ``tps`` that may be read: the whole is under its limit, and the partition under its share.
 
-        The share is half of the limit, so that one partition that is held up cannot starve the others.
+        The share is half of the limit, so that one partition that is held up cannot starve the others; and one with
+        nothing in flight may be read in any case, so that two cannot either. What that adds to the limit is one fetch
+        for each partition.
         """
-        if self.in_flight_bytes >= self.limit_bytes:
-            return set()
-        share = self.limit_bytes // 2
+        share = self.limit_bytes // 2 if self.in_flight_bytes < self.limit_bytes else 1
         found = set()
         for tp in tps:
             ledger = self._ledgers.get(tp)

@@ -142,11 +142,13 @@ def test_a_commit_is_noted_for_what_is_held_and_never_goes_back() -> None:
 
 
 def test_room_is_bounded_for_all_and_for_one() -> None:
-    """One partition has room for half; the whole has room for all of it."""
+    """One partition has room for half, the whole for all of it; a partition with nothing in flight always has some."""
     books: Ledgers[str] = Ledgers(100)
     spans = [books.open("p0").deliver(0, 0, 1, 50), books.open("p1").deliver(0, 0, 1, 49)]
     assert books.with_room(["p0", "p1", "p2"]) == {"p1", "p2"}
     books["p1"].deliver(1, 1, 1, 1)
+    assert books.with_room(["p0", "p1", "p2"]) == {"p2"}
+    books.open("p2").deliver(0, 0, 1, 1)
     assert books.with_room(["p0", "p1", "p2"]) == set()
     assert spans[0]
     books["p0"].complete(spans[0])
