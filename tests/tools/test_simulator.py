@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from devices import testing
 from devices.model import DecodeError, Reading
+from devices.pipeline import Refused
 from tools.simulator import poison
 from tools.simulator.checker import disorder, judge
 from tools.simulator.evidence import DeadLetter, Group, dead_letter, raw_digest
@@ -181,7 +182,7 @@ def test_poison_is_poison_and_known_again(kind: str) -> None:
         if kind == "too_large":
             assert len(message.payload) > 1024 * 1024
             continue
-        with pytest.raises(DecodeError):
+        with pytest.raises((DecodeError, Refused)):
             readings(message)
 
 
