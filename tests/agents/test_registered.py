@@ -25,7 +25,7 @@ def test_the_topic_stands_over_the_file_until_its_tombstone() -> None:
     """A record replaces the file's word, a tombstone gives it back, or forgets who is in no file."""
     here = fleet()
     here.take("filed", Device(device_id="filed", active=False, tags=["x"]))
-    here.take("new", Device(device_id="new", config={"values": {"t": {"max": 5}}}))
+    here.take("new", Device(device_id="new", config={"gateway": "g", "values": {"t": {"max": 5}}}))
     assert (here.known("filed"), here.known("new"), here.known("nobody")) == (False, True, False)
     assert here.registry.device("filed").tags == ("x",)
     here.take("filed", None)
