@@ -15,6 +15,7 @@ import msgspec
 from devices.alarms.model import AlarmRule, Alert, Level, Repeat
 from devices.commands.model import Report as CommandReport
 from devices.model import DecodeError, Reading, Uplink, Value
+from streams.resilience.encoding import encode
 
 __all__ = [
     "AlarmRule",
@@ -144,8 +145,6 @@ class DownlinkMessage(msgspec.Struct, kw_only=True):
         return self.payload.encode() if self.payload is not None else bytes.fromhex(self.payload_hex or "")
 
 
-_encoder = msgspec.json.Encoder(decimal_format="number")
-encode = _encoder.encode
 decoder = msgspec.json.Decoder
 
 

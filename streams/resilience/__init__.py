@@ -1,4 +1,4 @@
-"""The resilience layer, and the names that services without Faust use.
+"""The resilience layer: ``ResilientTransport`` for any Faust app, and the names that services without Faust use.
 
 Importing this package loads neither Faust, nor the settings, nor a Kafka client: each name is loaded when it is first
 asked for. ``streams.resilience.sync`` has the helper functions for kafka-python and confluent-kafka clients.
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from streams.resilience.adoption import ResilientTransport
     from streams.resilience.consumer_options import KafkaUnavailable
     from streams.resilience.consumers import AsyncResilientKafkaConsumer
     from streams.resilience.failures import Fatal, Poison, Rejected, Retryable
@@ -35,6 +36,7 @@ __all__ = [
     "Poison",
     "Rejected",
     "ResilientKafkaConsumer",
+    "ResilientTransport",
     "Retryable",
     "check_kafka_health",
     "create_kafka_consumer",
@@ -53,6 +55,7 @@ __all__ = [
 _ROOMS = {
     "AsyncResilientKafkaConsumer": "consumers",
     "ResilientKafkaConsumer": "threaded",
+    "ResilientTransport": "adoption",
     "KafkaUnavailable": "consumer_options",
     "Fatal": "failures",
     "Poison": "failures",

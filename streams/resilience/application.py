@@ -31,6 +31,17 @@ from streams.resilience.transport import Consumer, Transport
 
 #: Large enough never to be reached: what is in flight is bounded in bytes by the transport.
 BUFFER_EVENTS = 1 << 20
+#: What Faust is told whatever else its configuration says.
+FAUST_OPTIONS: dict[str, Any] = {
+    "Stream": Stream,
+    "Event": Event,
+    "Topic": Topic,
+    "Agent": Agent,
+    "TableManager": TableManager,
+    "Worker": Worker,
+    "stream_buffer_maxsize": BUFFER_EVENTS,
+    "stream_wait_empty": False,
+}
 
 
 class Listener:
@@ -66,6 +77,11 @@ class App(faust.App):
         listener: Listener | None = None,
         **options: Any,
     ) -> None:
+        self.begin_resilience(resilience, listener)
+        super().__init__(id, **FAUST_OPTIONS, **options)
+
+    def begin_resilience(self, resilience: ResilienceOptions, listener: Listener | None) -> None:
+        """Set up what an app under commit control has over and above Faust's; called once."""
         self.resilience = resilience
         self.listener = listener or Listener()
         self.accounts = Accounts(resilience.stage)
@@ -82,18 +98,6 @@ class App(faust.App):
         self.captured: list[Outgoing] = []
         self.testing = False
         self.ready_since: float | None = None
-        super().__init__(
-            id,
-            Stream=Stream,
-            Event=Event,
-            Topic=Topic,
-            Agent=Agent,
-            TableManager=TableManager,
-            Worker=Worker,
-            stream_buffer_maxsize=BUFFER_EVENTS,
-            stream_wait_empty=False,
-            **options,
-        )
 
     def _new_transport(self) -> Transport:
         return Transport(self.conf.broker_consumer, self)

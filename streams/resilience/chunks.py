@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
-from streams.messages import encode
 from streams.resilience.deadletter import Failure
+from streams.resilience.encoding import encode
 from streams.resilience.failures import FailureClass, Poison, classify
 from streams.resilience.producer import Outgoing
 from streams.resilience.watchdog import AT_HAND, name_of
