@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 
 #: Measurements with ``run(options)`` and ``arguments(parser)``.
 OURS = {
     "race": "the normalizer's work: Headrace beside plain Faust, aiokafka, Quix Streams, librdkafka",
     "rows": "raw topic to rows in PostgreSQL, and from device to row at 500 messages/s",
+    "losses": "what plain Faust loses and Headrace does not: the same agent, broken in five ways",
     "memory": "highest memory with a large backlog",
     "coap": "confirmed CoAP requests a second into Kafka, and how long devices wait",
     "drivers": "what it costs to decode a message of each family",
+    "outage": "memory while a sink is away for ten minutes, and what it takes to come back",
 }
 #: Programs of their own: ``python -m bench.NAME``.
 OTHERS = {
@@ -35,12 +38,15 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="measurements to make")
     parser.add_argument("--quick", action="store_true", help="a short run, for a first impression")
+    parser.add_argument("--seconds", type=float, help="rows: of traffic (30); outage: without the server (600)")
     modules = {name: importlib.import_module(f"bench.{name}") for name in OURS}
     for module in modules.values():
         module.arguments(parser)
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in OURS]:
         parser.error(f"there is no measurement {', '.join(unknown)}; there is: {', '.join(OURS)}")
+    # An orderly end, so that servers and workers end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in options.names or DEFAULT:
         modules[name].run(options)
     if not options.names:

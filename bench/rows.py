@@ -41,6 +41,8 @@ $$ BEGIN PERFORM pg_notify('bench', pg_current_xact_id()::text); RETURN NULL; EN
 CREATE OR REPLACE TRIGGER bench_tell AFTER INSERT ON readings FOR EACH STATEMENT EXECUTE FUNCTION bench_tell();
 """
 WARM_UP_SECONDS = 5.0
+#: How long messages are sent over MQTT unless ``--seconds`` says otherwise.
+SECONDS = 30.0
 
 
 class Witness:
@@ -215,7 +217,7 @@ def device_to_row(stack: Stack, folder: Path, rate: int, seconds: float) -> dict
 
 def run(options: argparse.Namespace) -> None:
     """Measure both, print, write."""
-    messages, seconds = (10_000, 8.0) if options.quick else (options.row_messages, options.seconds)
+    messages, seconds = (10_000, 8.0) if options.quick else (options.row_messages, options.seconds or SECONDS)
     facts = report.machine()
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name:
         folder = Path(name)
@@ -259,4 +261,3 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this measurement."""
     parser.add_argument("--row-messages", type=int, default=60_000, help="messages to make rows of (%(default)s)")
     parser.add_argument("--rate", type=int, default=500, help="messages a second over MQTT (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long they are sent (%(default)s)")
