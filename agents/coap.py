@@ -16,6 +16,7 @@ from typing import Any
 from aiocoap.numbers.codes import SERVICE_UNAVAILABLE
 from mode import Service
 
+from agents.drivers import driver_times
 from agents.edges.coap_arrivals import Arrival, Batch, Downlinks, Event
 from agents.edges.coap_dtls import DtlsListener
 from agents.edges.coap_requests import Judge, Refusal
@@ -178,6 +179,7 @@ def new_server() -> CoapServer:
         max_message_bytes=settings.max_message_bytes,
         known=known if settings.unknown_devices == "reject" else None,
         secured=security().devices,
+        times=driver_times(settings),
     )
     return CoapServer(
         settings.coap_bind.host,

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from mode import Service
 
+from agents.drivers import driver_times
 from agents.registered import Registered
 from devices.driver import Driver
 from devices.model import Uplink
@@ -151,14 +152,9 @@ def current() -> Normalizer:
     global _normalizer
     if _normalizer is None:
         settings = normalizer.settings
-        aside_seconds = settings.driver_aside_seconds
-
-        def slow(driver: str, seconds: float, aside: bool) -> None:
-            EVENTS.slow_driver(driver, seconds, aside_seconds=aside_seconds if aside else None)
-
         _normalizer = Normalizer(
             Registry.load(settings.config_path),
-            times=DriverTimes(settings.driver_limit_seconds, aside_seconds, on_slow=slow),
+            times=driver_times(settings),
             reject_unknown=settings.unknown_devices == "reject",
             max_ahead=timedelta(seconds=settings.reading_future_limit_seconds),
         )

@@ -164,7 +164,7 @@ class StageEvents(Listener):
             metrics.DRIVER_ASIDES.labels(driver).inc()
             log.error(
                 "Driver %s keeps taking longer than DRIVER_LIMIT_SECONDS (%.3f s now) and is set aside for %.0f s: its "
-                "messages become dead letters (driver_aside), to be replayed once it is mended",
+                "messages become dead letters (driver_aside), to be replayed once it is mended; CoAP devices get 5.03",
                 driver,
                 seconds,
                 aside_seconds,

@@ -20,6 +20,7 @@ from devices.driver import Driver
 from devices.model import AnotherDevice, DecodeError, Uplink
 from devices.profiles import usable_device_id
 from devices.registry import Candidate, Registry
+from devices.timing import DriverAside, DriverTimes
 
 WELL_KNOWN: Final = ".well-known/core"
 LINK_FORMAT: Final = 40
@@ -28,8 +29,9 @@ LINK_FORMAT: Final = 40
 _TEXT: Final = frozenset({0, 50, 110})
 _BINARY: Final = frozenset({60, 112})
 OCTET_STREAM: Final = 42
-# If-Match, Uri-Host, If-None-Match, Uri-Port, OSCORE, Uri-Path, Uri-Query, Accept, Block2, Block1
-_UNDERSTOOD: Final = frozenset({1, 3, 5, 7, 9, 11, 15, 17, 23, 27})
+# Uri-Host, Uri-Port, OSCORE, Uri-Path, Uri-Query, Accept, Block2, Block1. Not If-Match and If-None-Match: no resource
+# here has a state that a condition could be about.
+_UNDERSTOOD: Final = frozenset({3, 7, 9, 11, 15, 17, 23, 27})
 _PROXY: Final = frozenset({35, 39})
 _METHODS: Final = {codes.GET: "GET", codes.POST: "POST", codes.PUT: "PUT", codes.DELETE: "DELETE", codes.FETCH: "FETCH"}
 
@@ -105,11 +107,13 @@ class Judge:
         max_message_bytes: int,
         known: Callable[[str], bool] | None = None,
         secured: frozenset[str] = frozenset(),
+        times: DriverTimes | None = None,
     ) -> None:
         self.registry = registry
         self.max_message_bytes = max_message_bytes
         self._known = known
         self._secured = secured
+        self.times = times or DriverTimes(float("inf"), 0)
 
     def links(self) -> bytes:
         """Return the resources in CoRE link format (RFC 6690); of a path with variable parts the constant ones."""
@@ -192,11 +196,14 @@ class Judge:
         driver = self.registry.driver(candidate.profile)
         device_id = candidate.device_id
         if device_id is None:
-            device_id = _named(driver, route, data)
+            device_id = self._named(driver, route, data)
         elif not _is_json(data):
             # JSON is judged later, by the normalizer; what is none has to be something that the driver reads.
             try:
-                driver.decode(uplink_of(route, data, device_id=device_id), candidate.profile)
+                uplink = uplink_of(route, data, device_id=device_id)
+                self.times.call(driver.name, driver.decode, uplink, candidate.profile)
+            except DriverAside as exc:
+                raise _aside(exc) from exc
             except AnotherDevice as exc:
                 raise Refusal(codes.FORBIDDEN, f"{exc}"[:200], "another_device") from exc
             except DecodeError as exc:
@@ -215,15 +222,20 @@ class Judge:
             raise Refusal(codes.FORBIDDEN, text, "unknown_device")
         return device_id
 
+    def _named(self, driver: Driver, route: str, data: bytes) -> str:
+        try:
+            found = self.times.call(driver.name, driver.device_id, uplink_of(route, data))
+        except DriverAside as exc:
+            raise _aside(exc) from exc
+        except DecodeError as exc:
+            raise Refusal(codes.BAD_REQUEST, f"{exc}"[:200], "bad_request") from exc
+        if found is None or not usable_device_id(found):
+            raise Refusal(codes.BAD_REQUEST, f"neither /{route:.80} nor the payload names a device", "bad_request")
+        return found
 
-def _named(driver: Driver, route: str, data: bytes) -> str:
-    try:
-        found = driver.device_id(uplink_of(route, data))
-    except DecodeError as exc:
-        raise Refusal(codes.BAD_REQUEST, f"{exc}"[:200], "bad_request") from exc
-    if found is None or not usable_device_id(found):
-        raise Refusal(codes.BAD_REQUEST, f"neither /{route:.80} nor the payload names a device", "bad_request")
-    return found
+
+def _aside(exc: DriverAside) -> Refusal:
+    return Refusal(codes.SERVICE_UNAVAILABLE, f"{exc}"[:200], "unavailable", max_age=max(1, round(exc.seconds)))
 
 
 def _is_json(data: bytes) -> bool:

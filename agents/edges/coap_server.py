@@ -38,6 +38,7 @@ from agents.edges.coap_requests import (
 )
 from agents.edges.coap_udp import UdpSocket
 from devices.driver import Driver
+from devices.timing import DriverAside
 
 TICK_SECONDS: Final = 0.05
 PARALLEL_BATCHES: Final = 3
@@ -203,6 +204,9 @@ class CoapServer:
         self._arrive(Arrival(exchange, message, found, device_id, body, metadata, datetime.now(UTC), due))
 
     def _list(self, exchange: Exchange, message: Message, key: tuple[Any, ...]) -> None:
+        if message.opt.accept not in (None, LINK_FORMAT):
+            text = f"/{WELL_KNOWN} is there as Content-Format {LINK_FORMAT} only"
+            raise Refusal(codes.NOT_ACCEPTABLE, text, "bad_request")
         answer = self._answers.first(key, message, Message(code=codes.CONTENT, payload=self._links))
         if message.opt.block2 is not None and message.opt.block2.block_number > 0:
             answer = self._answers.next(key, message)
@@ -297,11 +301,14 @@ class CoapServer:
                 return
             now = datetime.now(UTC)
             uplink = uplink_of(found.route, body, device_id=device_id, at=now)
-            reply = driver.reply(uplink, now, None if pending is None else pending[0])
+            waits = None if pending is None else pending[0]
+            reply = self.judge.times.call(driver.name, driver.reply, uplink, now, waits)
             if pending is not None and reply is not None and reply.carries is not None:
                 outcome = self._outcome(pending[1])
                 if self.downlinks is not None:
                     self.downlinks.sent(pending[1])
+        except DriverAside:
+            reply = None
         except Exception:
             # The message is safe, so the device is told so, if without what it would like to know.
             _log.exception("no reply for device %s on /%s", device_id, found.route)

@@ -74,7 +74,7 @@ class Site:
 async def site(registry: Registry = REGISTRY, **options: Any) -> AsyncIterator[Site]:
     """A server that serves; ``options`` are `Judge`'s and `CoapServer`'s."""
     kafka, counts = Kafka(), Counter[Any]()
-    mine = {name: options.pop(name) for name in ("known", "secured", "max_message_bytes") if name in options}
+    mine = {name: options.pop(name) for name in ("known", "secured", "max_message_bytes", "times") if name in options}
     judge = Judge(registry, **{"max_message_bytes": 64 * 1024, **mine})
 
     def count(event: Event | str, number: int) -> None:

@@ -22,6 +22,7 @@ from aiocoap.numbers.types import ACK, CON, NON
 from agents.edges.coap_arrivals import Event
 from devices.efento import messages
 from devices.registry import Registry
+from devices.timing import STRIKES, DriverTimes
 from tests.agents.edges import clients
 from tests.agents.edges.coap import CONFIG, REGISTRY, Lossy, Site, raw, request, site, until
 
@@ -127,6 +128,10 @@ async def test_critical_options_that_nobody_understands_are_refused() -> None:
         assert (await device.next()).code == codes.BAD_OPTION
         device.send(request("telemetry/d1", JSON, mid=2, proxy_scheme="coap"))
         assert (await device.next()).code == codes.PROXYING_NOT_SUPPORTED
+        device.send(request("telemetry/d1", JSON, mid=3, if_none_match=True))
+        assert (await device.next()).code == codes.BAD_OPTION
+        device.send(request("telemetry/d1", JSON, mid=4, if_match=[b"etag"]))
+        assert (await device.next()).code == codes.BAD_OPTION
         assert here.kafka.records == []
 
 
@@ -140,6 +145,48 @@ async def test_well_known_core_lists_the_resources(client: aiocoap.Context) -> N
         small = await ask(client, here, ".well-known/core", code=codes.GET, block2=(0, False, 2))
         assert small.payload == answer.payload
         assert (await ask(client, here, ".well-known/core")).code == codes.METHOD_NOT_ALLOWED
+
+
+async def test_the_list_of_resources_in_another_format_is_not_to_be_had(client: aiocoap.Context) -> None:
+    """Accept: 4.06 for anything but link format."""
+    async with site() as here:
+        assert (await ask(client, here, ".well-known/core", code=codes.GET, accept=40)).code == codes.CONTENT
+        assert (await ask(client, here, ".well-known/core", code=codes.GET, accept=60)).code == codes.NOT_ACCEPTABLE
+
+
+async def test_a_refusal_that_is_not_wanted_is_not_sent() -> None:
+    """No-Response (RFC 7967) with the bit of 4.xx: a CON is acknowledged empty, a NON gets nothing; counted."""
+    async with site() as here, raw(here.server.address) as device:
+        device.send(request("nowhere", JSON, mid=1, kind=NON, no_response=8))
+        device.send(request("nowhere", JSON, mid=2, no_response=8))
+        answer = await device.next()
+        assert (answer.code, answer.mid) == (codes.EMPTY, 2)
+        device.send(request("telemetry/d1", JSON, mid=3, no_response=8))
+        assert (await device.next()).code == codes.CHANGED
+        assert here.counts["not_found"] == 2
+
+
+async def test_devices_of_a_driver_that_is_set_aside_come_again_later() -> None:
+    """5.03 with Max-Age and no record while the driver is set aside; devices of other families are served."""
+    now = 0.0
+
+    def wall() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    async with site(times=DriverTimes(0.5, 1000.0, wall=wall)) as here, raw(here.server.address) as device:
+        for mid in range(STRIKES):
+            taken = len(here.kafka.records)
+            device.send(request("m", EFENTO["m"], mid=mid))
+            answer = await device.next()
+            if answer.code == codes.SERVICE_UNAVAILABLE:
+                break
+        assert 0 < answer.opt.max_age <= 1000
+        assert len(here.kafka.records) == taken
+        device.send(request("telemetry/d1", JSON, mid=101))
+        assert (await device.next()).code == codes.CHANGED
+        assert here.counts["unavailable"] == 1
 
 
 async def test_large_messages_come_in_blocks(client: aiocoap.Context) -> None:
@@ -296,6 +343,9 @@ async def test_thousands_of_requests_are_in_flight() -> None:
 
         await asyncio.gather(*(answers(device) for device in devices))
         assert len({(a.device_id, a.payload) for a in here.kafka.records}) == len(here.kafka.records) == 3000
+        for which in range(20):
+            mine = [a.payload for a in here.kafka.records if a.device_id == f"many-{which}"]
+            assert mine == [b'{"n":%d}' % number for number in range(150)]
 
 
 async def test_each_device_is_in_order() -> None:
