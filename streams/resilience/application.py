@@ -21,7 +21,7 @@ from streams.resilience.backoff import Backoff
 from streams.resilience.chunks import Decode
 from streams.resilience.deadletter import Failure, cut
 from streams.resilience.ending import Worker
-from streams.resilience.failures import FailureClass, Fatal, Retryable, classify
+from streams.resilience.failures import FailureClass, Fatal, Retryable, classify, is_local_store
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import Outgoing, Producer
 from streams.resilience.recovery import TableManager
@@ -249,6 +249,11 @@ class App(faust.App):
 
     def fatal(self, exc: BaseException) -> None:
         """End the worker, non-zero: going on would be wrong."""
+        if is_local_store(exc):
+            exc = Fatal(
+                f"a local table cannot be written or read ({exc}); make room on the disk of {self.conf.datadir}, or "
+                "delete that folder where it is damaged (it is rebuilt from the changelog), and start again"
+            )
         self.log.error("Stage %s cannot go on: %s", self.resilience.stage, exc)
         task = asyncio.ensure_future(self.crash(exc if isinstance(exc, Fatal) else Fatal(str(exc))))
         self.background.add(task)

@@ -134,6 +134,14 @@ def _by_code(exc: BaseException) -> FailureClass | None:
     return None
 
 
+def is_local_store(exc: BaseException | None) -> bool:
+    """Tell whether RocksDB says that its files cannot be written or read; it has no type of its own to say that with.
+
+    After a full disk it refuses every write until it is opened anew, whatever room there is by then.
+    """
+    return type(exc) is Exception and str(exc).startswith(("IO error", "Corruption"))
+
+
 def classify(exc: BaseException) -> FailureClass:
     """Return the class of ``exc``, looking at its causes where it has none of its own. Never raises."""
     seen: set[int] = set()
@@ -144,6 +152,8 @@ def classify(exc: BaseException) -> FailureClass:
         found = _by_code(current) or _by_name(current)
         if found is None:
             found = next((cls for kind, cls in _BY_TYPE if isinstance(current, kind)), None)
+        if found is None and is_local_store(current):
+            found = FailureClass.FATAL
         if found is not None:
             return found
         current = current.__cause__

@@ -43,6 +43,10 @@ def caused(outer: Exception, inner: BaseException) -> Exception:
         (kafka.MessageSizeTooLargeError(), POISON),
         (kafka.RecordListTooLargeError(), POISON),
         (kafka.UnsupportedVersionError(), FATAL),
+        # RocksDB: a full disk is not the message's fault, and the store takes no write until it is opened anew
+        (Exception("IO error: No space left on device: While appending to file: 000004.log"), FATAL),
+        (caused(RuntimeError("x"), Exception("Corruption: block checksum mismatch")), FATAL),
+        (Exception("IO is not the first word: IO error"), UNCLASSIFIED),
         (caused(ProducerSendError("wrapped"), kafka.RequestTimedOutError()), RETRY),
         (caused(ProducerSendError("wrapped"), kafka.MessageSizeTooLargeError()), POISON),
         # bytes
