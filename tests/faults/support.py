@@ -28,9 +28,13 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = LIVENESS_
 
 
 def settled(own: Realm, fleet: Fleet) -> Report:
-    """Wait for the end of the fleet and check its ledger: nothing lost, no row twice. Returns what was found."""
+    """Wait for the end of the fleet and check its ledger. Returns what was found.
+
+    Nothing is lost, no row is there twice, and no fault of a service has made dead letters of readable messages.
+    """
     assert fleet.join(LIVENESS_SECONDS), f"the fleet did not get its last acknowledgements\n{own.logs()}"
     report = own.settle(fleet)
     print(report.text())
     assert report.ok, f"{report.text()}\n{own.logs()}"
+    assert not report.unexpected_dead, f"{report.text()}\n{own.logs()}"
     return report

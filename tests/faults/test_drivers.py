@@ -37,7 +37,7 @@ def test_a_slow_driver_is_set_aside(breakable: Stack, tmp_path: Path) -> None:
         STAGES="normalizer",
         TOPIC_PARTITIONS="1",
         DRIVER_LIMIT_SECONDS="0.1",
-        DRIVER_ASIDE_SECONDS="10",
+        DRIVER_ASIDE_SECONDS="5",
     ) as own:
         worker = own.worker(app="tests.faults.slow").start()
         write(own, "iot_raw_data", [*first, *late], 0)
