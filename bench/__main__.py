@@ -16,6 +16,7 @@ OURS = {
     "coap": "confirmed CoAP requests a second into Kafka, and how long devices wait",
     "drivers": "what it costs to decode a message of each family",
     "outage": "memory while a sink is away for ten minutes, and what it takes to come back",
+    "restore": "a million alarm states back from the changelog: time and memory",
 }
 #: Programs of their own: ``python -m bench.NAME``.
 OTHERS = {
