@@ -37,6 +37,7 @@ class FakeConsumer:
         self.records: dict[TopicPartition, list[str]] = {}
         self.slow = threading.Event()
         self.slow.set()
+        self.asked = threading.Event()
 
     def state_value(self, tp: TopicPartition) -> Any:
         return SimpleNamespace(_position=self.reads.get(tp))
@@ -73,6 +74,7 @@ class FakeConsumer:
         timeout: float,  # noqa: ARG002
         max_records: int,
     ) -> dict[TopicPartition, list[Entry]]:
+        self.asked.set()
         while not self.slow.is_set():
             await asyncio.sleep(0.001)
         found: dict[TopicPartition, list[Entry]] = {}
@@ -174,8 +176,9 @@ async def test_what_a_fetch_finds_no_record_in_is_told(thread: Any) -> None:
     await thread.fetch({P0, P1}, 1.0)
     assert thread.gaps == {P0: (1, 8, 9)}
     thread._consumer.slow.clear()
+    thread._consumer.asked.clear()
     waiting = asyncio.ensure_future(thread.fetch({P1}, 1.0))
-    await asyncio.sleep(0.05)
+    await asyncio.to_thread(thread._consumer.asked.wait, 30)
     thread._consumer.reads[P1] = 4
     thread._consumer.slow.set()
     await waiting
