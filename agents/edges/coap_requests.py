@@ -173,10 +173,15 @@ class Judge:
         self, path: str, method: str, candidates: tuple[Candidate, ...], data: bytes, content_format: int | None
     ) -> Found:
         """Return the match of a whole request; raises Refusal (4.00, 4.15)."""
-        read = [c for c in candidates if c.match.payload is None or c.match.payload.accepts(data)]
         # Of profiles that would read it, the first that allows the device that the path names.
-        allowed = (c for c in read if c.device_id is None or c.match.allows(c.device_id))
-        found = next(allowed, read[0] if read else None)
+        found = None
+        for candidate in candidates:
+            match = candidate.match
+            if match.payload is None or match.payload.accepts(data):
+                if candidate.device_id is None or match.allows(candidate.device_id):
+                    found = candidate
+                    break
+                found = found or candidate
         if found is None:
             raise Refusal(codes.BAD_REQUEST, f"no profile reads these {len(data)} bytes on /{path:.80}", "bad_request")
         driver = self.registry.driver(found.profile)
