@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+from streams.resilience.failures import Rejected, SetAside
 from streams.resilience.guard import Guard
+from streams.resilience.settling import Settling
 
 
 def keys(count: int) -> list[bytes]:
@@ -72,3 +77,28 @@ def test_switched_off_it_allows_everything() -> None:
     """DLQ_GUARD=false lets every dead letter out."""
     guard = Guard(messages=10, devices=1, enabled=False)
     assert all(guard.allows(key, "bad") for key in keys(100))
+
+
+class Bench(Settling):
+    """Judges failures of chunks; what becomes of them is not looked at."""
+
+    def __init__(self) -> None:
+        self.app: Any = SimpleNamespace(guard=Guard(messages=100, devices=10), on_guard=lambda: None)
+        self._attempts = {}
+
+    def _letter(self, record: Any, exc: BaseException, kind: str, *_: Any) -> Any:
+        return record.key, kind, str(exc)
+
+
+def test_what_is_set_aside_is_no_sign_of_a_wrong_deployment() -> None:
+    """SetAside makes dead letters of class rejected for as long as it lasts, and trips nothing; Rejected does."""
+    delivery: Any = SimpleNamespace(tp=("t", 0), note_dead=lambda *_: None)
+    for error, stopped in ((SetAside("driver_aside"), False), (Rejected("no_profile"), True)):
+        bench = Bench()
+        made = [
+            bench.judge(SimpleNamespace(key=b"d%d" % (number % 20), offset=number), error, delivery)
+            for number in range(200)
+        ]
+        assert made[0] == (b"d0", "rejected", str(error))
+        assert (bench.app.guard.tripped is not None) is stopped
+        assert (None in made) is stopped
