@@ -7,7 +7,7 @@ import json
 import random
 import struct
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import aiocoap
 import pytest
 import pytest_asyncio
+from aiocoap import error
 from aiocoap.message import Message
 from aiocoap.numbers import codes
+from aiocoap.numbers.optionnumbers import OptionNumber
 from aiocoap.numbers.types import ACK, CON, NON
 
 from agents.edges.coap_arrivals import Event
@@ -187,6 +189,41 @@ async def test_devices_of_a_driver_that_is_set_aside_come_again_later() -> None:
         device.send(request("telemetry/d1", JSON, mid=101))
         assert (await device.next()).code == codes.CHANGED
         assert here.counts["unavailable"] == 1
+
+
+async def test_requests_of_any_options_and_payload_break_nothing() -> None:
+    """Thousands of well-formed and ill-formed requests to every path: answered or ignored, never a 5.00."""
+    rng = random.Random(7)
+    paths = [path.format(device_id="d1").split("/") for path in REGISTRY.coap_paths()] + [
+        [".well-known", "core"],
+        ["x"],
+    ]
+    real = [*EFENTO.values(), JSON, b"", b"[]", b"\xa1at\x01"]
+    async with site(max_message_bytes=5_000) as here, raw(here.server.address) as device:
+        for number in range(3_000):
+            message = Message(
+                code=rng.choice((1, 2, 2, 2, 3, 4, 5, 9)), _mid=number, _token=rng.randbytes(rng.randrange(5))
+            )
+            message.mtype = rng.choice((CON, NON))
+            message.payload = rng.choice((rng.choice(real), rng.randbytes(rng.randrange(80))))
+            message.opt.uri_path = rng.choice(paths)
+            if rng.random() < 0.3:
+                message.opt.block1 = (rng.randrange(3), rng.random() < 0.5, rng.randrange(8))
+            if rng.random() < 0.3:
+                message.opt.block2 = (rng.randrange(3), False, rng.randrange(8))
+            for _ in range(rng.randrange(3)):
+                kind = OptionNumber(rng.choice((4, 6, 9, 12, 17, 28, 60, 65_001, 65_002, 258, 252, 292)))
+                with suppress(ValueError, error.Error):
+                    message.opt.add_option(kind.create_option(decode=rng.randbytes(rng.randrange(9))))
+            data = message.encode()
+            if rng.random() < 0.2:
+                data = data[: rng.randrange(len(data))]
+            device.send(data)
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+        device.send(request("telemetry/last", JSON, mid=60_000))
+        await until(lambda: any(arrival.device_id == "last" for arrival in here.kafka.records))
+        assert here.counts["internal_error"] == 0
 
 
 async def test_large_messages_come_in_blocks(client: aiocoap.Context) -> None:
