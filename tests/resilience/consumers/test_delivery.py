@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import re
@@ -10,6 +11,7 @@ import threading
 import time
 from typing import Any
 
+import aiokafka
 import pytest
 
 from streams.resilience import Fatal, Poison, Rejected, Retryable
@@ -39,6 +41,29 @@ async def test_false_five_times(broker: Any, consuming: Any) -> None:
     assert seen == ["a"] * 6 + ["b"]
     assert commits in ([1, 2], [2])
     assert await broker.committed(group) == {(topic, 0): 2}
+
+
+async def test_a_log_that_ends_with_a_marker(broker: Any, consuming: Any) -> None:
+    """Messages written in transactions: what is committed in the end is the end of the log, markers included."""
+    topic, group = await broker.topic(), broker.group()
+    seen: list[str] = []
+
+    async def handle(message: Any) -> bool:
+        seen.append(message.value)
+        return True
+
+    consuming(topic, handle, group)
+    async with aiokafka.AIOKafkaProducer(bootstrap_servers=broker.servers, transactional_id=group) as producer:
+        for number in range(3):
+            async with producer.transaction():
+                await producer.send_and_wait(topic, json.dumps(number).encode())
+    await eventually(lambda: len(seen) == 3, "every message")
+
+    async def at_the_end() -> bool:
+        found: dict[tuple[str, int], int] = await broker.committed(group)
+        return found == {(topic, 0): 6}
+
+    await eventually(at_the_end, "the end committed")
 
 
 async def test_other_partitions_go_on(broker: Any, consuming: Any) -> None:
