@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections import Counter
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiocoap
 from aiocoap.message import Message
 from aiocoap.numbers import codes
 from aiocoap.numbers.types import CON
@@ -18,10 +20,20 @@ from aiocoap.numbers.types import CON
 from agents.edges.coap_arrivals import Arrival, Batch, Event
 from agents.edges.coap_requests import Judge
 from agents.edges.coap_server import CoapServer
+from devices.efento import messages
 from devices.registry import Registry
 
 CONFIG = Path(__file__).parents[3] / "config"
 REGISTRY = Registry.load(CONFIG)
+
+VECTORS = json.loads((Path(__file__).parents[3] / "devices" / "efento" / "vectors.json").read_text())
+JSON = b'{"t": 21.5}'
+SERIAL = bytes.fromhex("282c02424eed")
+EFENTO = {
+    "m": bytes.fromhex(VECTORS["measurements"][0]["hex"]),
+    "i": bytes.fromhex(VECTORS["device_info"][0]["hex"]),
+    "c": messages.CONFIG(serial_number=SERIAL, hash=7).SerializeToString(),
+}
 
 
 class Kafka:
@@ -223,3 +235,10 @@ async def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def ask(client: aiocoap.Context, here: Site, path: str, payload: bytes = b"", **options: Any) -> Message:
+    """Send a request and return its answer."""
+    options.setdefault("code", codes.POST)
+    message = Message(uri=f"{here.uri}/{path}", payload=payload, **options)
+    return await asyncio.wait_for(client.request(message).response, 30)
