@@ -16,6 +16,7 @@ OURS = {
     "coap": "confirmed CoAP requests a second into Kafka, and how long devices wait",
     "drivers": "what it costs to decode a message of each family",
     "outage": "memory while a sink is away for ten minutes, and what it takes to come back",
+    "mail": "from a device over its threshold to its mail, at 500 messages/s",
     "restore": "a million alarm states back from the changelog: time and memory",
 }
 #: Programs of their own: ``python -m bench.NAME``.
@@ -39,7 +40,9 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="measurements to make")
     parser.add_argument("--quick", action="store_true", help="a short run, for a first impression")
-    parser.add_argument("--seconds", type=float, help="rows: of traffic (30); outage: without the server (600)")
+    parser.add_argument(
+        "--seconds", type=float, help="rows: of traffic (30); mail: (60); outage: without the server (600)"
+    )
     modules = {name: importlib.import_module(f"bench.{name}") for name in OURS}
     for module in modules.values():
         module.arguments(parser)
