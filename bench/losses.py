@@ -208,7 +208,7 @@ class Run:
             told.append(f"hung {self.hung} ×, killed after {HUNG_SECONDS:.0f} s and started again")
         if self.not_ended:
             told.append(f"did not end on SIGTERM {self.not_ended} ×, killed after {END_SECONDS:.0f} s")
-        return "; ".join([*told, *self.notes]) or "lived"
+        return "; ".join([*(told or ["lived"]), *self.notes])
 
 
 def agent_raises(run: Run) -> None:
