@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
         "lost",
         "unanswered",
         "5.03",
-        "sent again",
+        "repeated",
     )
     body = report.table((*header, "worker µs", "Kafka µs", "devices µs"), rows)
     body += (
