@@ -42,8 +42,24 @@ FEW_RECORDS_SECONDS = 0.008
 LAST_COMMIT_SECONDS = 5.0
 
 
+class RebalanceListener(driver.ConsumerRebalanceListener):
+    """Keeps the membership while an assignment is taken up.
+
+    aiokafka sends heartbeats only once this has returned, and tables are opened meanwhile: where that takes longer than
+    the session, the broker forgets the member, which joins again and opens its tables again, and so on.
+    """
+
+    async def on_partitions_assigned(self, assigned: Iterable[Any]) -> None:
+        """Take up an assignment."""
+        coordinator: Any = self._thread._ensure_consumer()._coordinator
+        coordinator._start_heartbeat_task()
+        await super().on_partitions_assigned(assigned)
+
+
 class Consumer(Completing, Positions, driver.Consumer):
     """Faust's consumer with commit control of our own."""
+
+    RebalanceListener = RebalanceListener
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

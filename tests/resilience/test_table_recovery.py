@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,26 @@ async def test_a_table_comes_back(log: Log, tmp_path: Path, case: str, monkeypat
         assert rows == expected(end)
     assert set(at_once) == {case == "rocksdb"}
     assert len(seen) == (CHANGES if case == "callback" else 0)
+
+
+async def test_an_assignment_that_takes_longer_than_the_session(log: Log, tmp_path: Path) -> None:
+    """The member stays one while its tables are opened: heartbeats go on, and it does not join again and again."""
+    source, letters = await log.topic("in"), await log.topic("errors")
+    app = stage(log.servers, f"{log.prefix}slow", tmp_path, letters)
+    assignments: list[set[Any]] = []
+
+    @app.on_partitions_assigned.connect
+    async def open_tables(_app: Any, assigned: set[Any], **_: Any) -> None:
+        assignments.append(assigned)
+        await asyncio.sleep(2 * app.conf.broker_session_timeout)
+
+    @app.agent(app.chunk_topic(source, bytes))
+    async def work(stream: Any) -> None:
+        async for chunk in stream:
+            await chunk.each(lambda _value, _out: None)
+
+    await log.write(source, b"a", b"b")
+    async with running(app):
+        await log.until_committed(app.conf.id, source, 2)
+        assert app.consumer_generation_id == 1
+    assert len(assignments) == 1
