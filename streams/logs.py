@@ -35,7 +35,8 @@ class Calm(logging.Filter):
             return False
         if held:
             record.msg = f"{record.getMessage()} (and {held} more like it since the last such line)"
-            record.args = None
+            # not None: Faust's formatter takes that for an argument
+            record.args = ()
         return True
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from mode.utils.logging import ExtensionFormatter
+
 from streams.logs import Calm, calm_kafka
 
 
@@ -13,10 +15,11 @@ class Shown(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.setFormatter(ExtensionFormatter(fmt="%(message)s", no_color=True))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line."""
-        self.lines.append(record.getMessage())
+        """Keep a line, as a worker's handlers write it."""
+        self.lines.append(self.format(record))
 
 
 def test_a_kind_is_shown_once_a_minute_with_how_many_it_stands_for() -> None:
