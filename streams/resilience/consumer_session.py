@@ -30,6 +30,7 @@ from streams.resilience.judgement import (
     is_reachable,
     judge,
     position_of,
+    since_reachable,
     view_partition,
 )
 
@@ -311,7 +312,7 @@ class Session(ConsumerRebalanceListener):
         pending = self.commits and any(partition.committable for partition in partitions)
         self._since(changed, "pending", pending, now)
         coordinator = getattr(consumer, "_coordinator", None)
-        return View(
+        view = View(
             started_age=now - changed.setdefault("started", now),
             rebalancing_age=None if settled else now - changed["unsettled"],
             member=idle or is_member(coordinator, now, changed),
@@ -322,6 +323,7 @@ class Session(ConsumerRebalanceListener):
             producer_usable=True,
             broker_reachable=consumer is not None and is_reachable(consumer),
         )
+        return since_reachable(view, now, changed)
 
     @staticmethod
     def _since(changed: dict[str, float], name: str, is_so: bool, now: float) -> None:

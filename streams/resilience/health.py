@@ -29,6 +29,7 @@ from streams.resilience.judgement import (
     is_member,
     is_reachable,
     judge,
+    since_reachable,
     view_partition,
 )
 
@@ -67,7 +68,7 @@ def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
         changed.pop("pending", None)
     last_commit = max(consumer.last_commit_at or 0.0, changed.get("pending", now))
     coordinator = getattr(client, "_coordinator", None)
-    return View(
+    view = View(
         started_age=now - changed.setdefault("started", now),
         rebalancing_age=None if settled else now - changed["unsettled"],
         member=is_member(coordinator, now, changed),
@@ -78,6 +79,7 @@ def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
         producer_usable=app._producer is None or app.producer.usable,
         broker_reachable=client is None or is_reachable(client),
     )
+    return since_reachable(view, now, changed)
 
 
 class HealthMonitor(Service):

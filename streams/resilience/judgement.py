@@ -8,7 +8,7 @@ Faust (``health``) and the resilient consumers (``consumers``) are judged by thi
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streams.resilience.commits import PartitionLedger
@@ -67,6 +67,8 @@ class Verdict:
 WELL = Verdict(Remedy.NONE)
 #: Fetches that may fail in a row before the consumer is created anew.
 FETCH_FAILURES = 5
+#: So long after a broker was away, fetches that have failed in a row are from before.
+RECONNECTED_SECONDS = 10.0
 
 
 def judge(view: View, *, stuck_seconds: float, join_seconds: float, end_seconds: float = 600.0) -> Verdict:
@@ -161,6 +163,28 @@ def position_of(fetcher: Any, tp: Any) -> int | None:
     state = subscription.assignment.state_value(tp)
     position: int | None = None if state is None else state._position
     return position
+
+
+def since_reachable(view: View, now: float, changed: dict[str, float]) -> View:
+    """Return ``view`` with no age that goes back before the last look at which no broker could be reached.
+
+    Nothing can move while the broker is away; a client that has just come back is not stuck, it has just begun.
+    ``changed`` keeps that moment between calls.
+    """
+    if not view.broker_reachable:
+        changed["away"] = now
+        return view
+    if "away" not in changed:
+        return view
+    most = now - changed["away"]
+    return replace(
+        view,
+        rebalancing_age=None if view.rebalancing_age is None else min(view.rebalancing_age, most),
+        partitions=tuple(replace(found, progress_age=min(found.progress_age, most)) for found in view.partitions),
+        commit_age=None if view.commit_age is None else min(view.commit_age, most),
+        fetch_age=min(view.fetch_age, most),
+        fetch_failures=view.fetch_failures if most > RECONNECTED_SECONDS else 0,
+    )
 
 
 def is_reachable(client: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from streams.resilience.commits import PartitionLedger
-from streams.resilience.judgement import Remedy, View, judge, view_partition
+from streams.resilience.judgement import Remedy, View, judge, since_reachable, view_partition
 
 
 class Clock:
@@ -48,3 +50,32 @@ def test_a_record_after_an_idle_hour() -> None:
     assert judged(ledger, 4300.0, changed, end=1) is Remedy.NONE
     assert judged(ledger, 9000.0, changed, end=2) is Remedy.NONE
     assert judged(ledger, 9000.0 + 121, changed, end=2) is Remedy.RECREATE_CONSUMER
+
+
+def after_outage(now: float, changed: dict[str, float], *, reachable: bool, age: float) -> Remedy:
+    """Judge a consumer in which nothing has moved for ``age``: a message in flight, fetches failed, no commit."""
+    ledger = PartitionLedger(clock=lambda: now - age)
+    ledger.deliver(0, 0, 1)
+    ledger.last_progress = now - age
+    view = View(
+        started_age=now,
+        rebalancing_age=None,
+        member=True,
+        partitions=(view_partition("t[0]", ledger, 5, held=False, now=now - age, changed=changed),),
+        commit_age=age,
+        fetch_age=age,
+        fetch_failures=50,
+        producer_usable=True,
+        broker_reachable=reachable,
+    )
+    view = replace(view, partitions=(replace(view.partitions[0], progress_age=age, committable=True),))
+    return judge(since_reachable(view, now, changed), stuck_seconds=120, join_seconds=120).remedy
+
+
+def test_a_broker_that_comes_back_after_an_hour() -> None:
+    """Nothing could move while it was away: nobody is created anew for that, and no worker ends; later it counts."""
+    changed = dict[str, float]()
+    assert after_outage(3600.0, changed, reachable=False, age=3600.0) is Remedy.NONE
+    assert after_outage(3602.0, changed, reachable=True, age=3602.0) is Remedy.NONE
+    assert after_outage(3600.0 + 130, changed, reachable=True, age=3730.0) is Remedy.RECREATE_CONSUMER
+    assert after_outage(3600.0, dict[str, float](), reachable=True, age=3600.0) is Remedy.RECREATE_CONSUMER
