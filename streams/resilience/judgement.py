@@ -130,7 +130,10 @@ def view_partition(
     """
     oldest = ledger.oldest_in_flight()
     unread = max(0, end - (ledger.read_to or 0))
-    if oldest or unread:
+    if held:
+        # Held for a sink that is away: what waits begins to count when it may go on.
+        since = changed[f"waiting {name}"] = now
+    elif oldest or unread:
         since = changed.setdefault(f"waiting {name}", now)
     else:
         changed.pop(f"waiting {name}", None)

@@ -79,3 +79,15 @@ def test_a_broker_that_comes_back_after_an_hour() -> None:
     assert after_outage(3602.0, changed, reachable=True, age=3602.0) is Remedy.NONE
     assert after_outage(3600.0 + 130, changed, reachable=True, age=3730.0) is Remedy.RECREATE_CONSUMER
     assert after_outage(3600.0, dict[str, float](), reachable=True, age=3600.0) is Remedy.RECREATE_CONSUMER
+
+
+def test_a_sink_that_comes_back_after_an_hour() -> None:
+    """A partition that was held for it is not stuck when it is let go, nor does the worker end; later it counts."""
+    clock, changed = Clock(), dict[str, float]()
+    ledger = PartitionLedger(clock=clock)
+    ledger.deliver(0, 0, 1)
+    for now in (10.0, 1800.0, 3600.0):
+        assert view_partition("t[0]", ledger, 5, held=True, now=now, changed=changed).progress_age == 0.0
+    clock.now = 3602.0
+    assert judged(ledger, clock.now, changed, end=5) is Remedy.NONE
+    assert judged(ledger, 3600.0 + 601, changed, end=5) is Remedy.END
