@@ -82,6 +82,12 @@ def look(app: Any, now: float, changed: dict[str, float]) -> View | None:
     return since_reachable(view, now, changed)
 
 
+def is_away(app: Any, view: View | None) -> bool:
+    """Tell whether no broker can be reached, by the consumer or by a producer that is being created anew."""
+    unreachable = view is not None and not view.broker_reachable
+    return unreachable or (app._producer is not None and app.producer.last_failure is not None)
+
+
 class HealthMonitor(Service):
     """Looks at the apps of a worker and does what helps."""
 
@@ -150,11 +156,11 @@ class HealthMonitor(Service):
                 end_seconds=options.recreate_budget_seconds,
             )
         self.verdicts[stage] = (verdict, now)
+        if verdict.well or is_away(app, view):
+            self._failing_since.pop(stage, None)
         if verdict.remedy is Remedy.NONE:
-            if verdict.well:
-                self._failing_since.pop(stage, None)
-                if stage in self._backoffs:
-                    self._backoffs[stage].healthy()
+            if verdict.well and stage in self._backoffs:
+                self._backoffs[stage].healthy()
             return verdict
         since = self._failing_since.setdefault(stage, now)
         if verdict.remedy is Remedy.END or now - since > app.resilience.recreate_budget_seconds:
