@@ -1,11 +1,11 @@
 """Readings are stored, and the lives of alerts and commands.
 
-Consumes ``iot_validated_data`` (Reading), ``iot_alerts``, ``device_commands``, ``iot_command_status``; writes the
-tables ``readings``, ``alerts`` and ``commands``. Key of a reading: device, index, label and sample time. Guarantee: a
-reading that Kafka has is a row, however often it is delivered; a redelivered one changes nothing. Retried: everything
-that is the database's fault (away, restarting, deadlock, disk full), for ever, its partitions paused. Dead-lettered:
-``poison`` a reading with a value that PostgreSQL can never hold, and it alone. Dropped: readings of which nothing is
-to be kept (``not_persisted``: the profile says so).
+Consumes ``iot_validated_data`` (Reading), ``iot_alerts``, ``iot_alert_actions``, ``device_commands``,
+``iot_command_status``; writes the tables ``readings``, ``alerts`` and ``commands``. Key of a reading: device, index,
+label and sample time. Guarantee: a reading that Kafka has is a row, however often it is delivered; a redelivered one
+changes nothing. Retried: everything that is the database's fault (away, restarting, deadlock, disk full), for ever, its
+partitions paused. Dead-lettered: ``poison`` a reading with a value that PostgreSQL can never hold, and it alone.
+Dropped: readings of which nothing is to be kept (``not_persisted``: the profile says so).
 """
 
 from __future__ import annotations
@@ -114,6 +114,14 @@ def write_lives(method: str) -> Callable[[list[Any]], Awaitable[Iterable[tuple[i
 async def ingest_alerts(stream: Any) -> None:
     """Keep the life of each alert."""
     write = write_lives("write_alerts")
+    async for chunk in stream:
+        await chunk.all(write)
+
+
+@ingestor.agent(topics.alert_actions, chunks=True, name="ingestor-alert-actions")
+async def ingest_alert_actions(stream: Any) -> None:
+    """Keep who has acknowledged an alert, and why."""
+    write = write_lives("write_alert_actions")
     async for chunk in stream:
         await chunk.all(write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from agents import caching, ingestor
 from agents.stores.base import BadRow
 from streams import topics
-from streams.messages import Reading, decoder, encode
+from streams.messages import AlertAction, Reading, decoder, encode
 from streams.resilience.chunks import Chunk
 from streams.resilience.deadletter import header
 from streams.resilience.failures import Poison
@@ -86,6 +87,24 @@ async def test_a_failure_of_many_is_narrowed_down(rows: Rows, records: Any) -> N
         await agent.put(Chunk(records(*values), decoder(Reading).decode))
     assert [row[2] for row in rows.rows] == ["b", "c"]
     assert [value for _, _, value, _ in ingestor.ingest.app.captured] == [values[0]]
+
+
+async def test_acknowledgements_are_stored(monkeypatch: pytest.MonkeyPatch, rows: Rows, records: Any) -> None:
+    """Who has acknowledged an alert, and why, gets to the database."""
+    stored: list[AlertAction] = []
+
+    async def write(actions: Sequence[AlertAction]) -> list[BadRow]:
+        stored.extend(actions)
+        return []
+
+    monkeypatch.setattr(rows, "write_alert_actions", write, raising=False)
+    action = AlertAction(
+        alert_id="a1", device_id="d1", action="ack", user="ann", comment="seen", timestamp=datetime.now(UTC)
+    )
+    async with ingestor.ingest_alert_actions.test_context() as agent:
+        await agent.put(Chunk(records(encode(action)), decoder(AlertAction).decode))
+    assert stored == [action]
+    assert topics.alert_actions in ingestor.ingestor.consumes
 
 
 class Latest:
