@@ -93,7 +93,8 @@ def taken_up(stack: Stack, topic: str) -> Moments:
             partitions = [TopicPartition(PREFIX + topic, number) for number in range(PARTITIONS)]
             consumer.assign(partitions)
             ends = await consumer.end_offsets(partitions)
-            await consumer.seek_to_beginning(*partitions)
+            for tp, first in (await consumer.beginning_offsets(partitions)).items():
+                consumer.seek(tp, first)
             while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
                 for records in (await consumer.getmany(timeout_ms=500)).values():
                     for record in records:
@@ -135,7 +136,7 @@ def measure(stack: Stack, folder: Path, rate: int, seconds: float) -> dict[str, 
     journeys: list[tuple[float, ...]] = []
     for device in fleet.sent:
         moments = [place[device] for place in places]
-        if len({len(found) for found in moments}) != 1:
+        if len(set(map(len, moments))) != 1:
             raise BenchError(f"{device}: {[len(found) for found in moments]} messages, records and mails")
         journeys += zip(*moments, strict=True)
     journeys = sorted(journeys)[first:]
