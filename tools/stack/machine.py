@@ -86,6 +86,11 @@ def kafka_jars() -> Path:
     return jars_folder()
 
 
+def class_archive(prefix: Path = _PREFIX) -> Path:
+    """Return where Java keeps Kafka's classes as it needs them (`make install` has it written; it may be missing)."""
+    return jars_folder(prefix) / "classes.jsa"
+
+
 def package_folder(package: str) -> Path:
     """Return where a wheel that brings a server is installed, without importing it."""
     found = find_spec(package)
