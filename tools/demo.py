@@ -2,7 +2,7 @@
 
 Guarantees: what it starts it stops, also on errors and signals, and what a killed demo left running the next one ends;
 nothing but free ports of loopback and the state folder is touched. Exit code 0 only when every message that was
-acknowledged is stored or is a dead letter, and no row is there twice.
+acknowledged is stored or is a dead letter, no row is there twice, and every command that was sent has its end.
 """
 
 import contextlib
@@ -20,7 +20,18 @@ from types import FrameType
 from typing import Any
 
 from settings import Settings, SettingsError, environment
-from tools.simulator import Fleet, Places, Plan, Report, Watch, settle
+from tools.simulator import (
+    Controllers,
+    Fleet,
+    LightController,
+    Operator,
+    Places,
+    Plan,
+    Report,
+    Target,
+    Watch,
+    settle,
+)
 from tools.stack import Stack, StackError, processes
 from tools.stack.processes import ProcessId
 from tools.stack.state import ENV_FILE, render, write_by_rename
@@ -29,6 +40,13 @@ from tools.worker import Worker, WorkerError
 PLAN = Plan(devices=300, seed=1, rate=200.0, duplicates=0.02, poison=0.002, late=0.01, hot=(5.0, 25.0), coap=0.3)
 _WORKER_FILE = "demo-worker.json"
 _SETTLE_SECONDS = 30.0
+# Controllers and sensors of the fleet that get configurations, beside a light controller of their own.
+_CLIMATE_TARGETS, _SENSOR_TARGETS = 4, 2
+_LIGHTS_ID = 2_121_004
+_COMMAND_EVERY_SECONDS = 1.0
+_COMMANDS_AFTER_SECONDS = 2.0
+# Long enough for a second attempt after the time-out of the first.
+_COMMANDS_PATIENCE_SECONDS = 90.0
 
 
 class Screen:
@@ -74,6 +92,8 @@ class Demo:
         self.worker: Worker | None = None
         self.fleet: Fleet | None = None
         self.watch: Watch | None = None
+        self.controllers: Controllers | None = None
+        self.operator: Operator | None = None
         self._mails_before = 0
         self._mails_told = 0
         self._played = 0.0
@@ -141,13 +161,17 @@ class Demo:
         fleet.start()
         watch = self.watch = Watch(fleet.book, Places.from_env(env), begun=self.begun, on_first=self._first)
         watch.start()
+        operator = self._field(fleet)
+        commanding = False
         begun = time.monotonic()
         self.screen.say(
             f"demo: {PLAN.devices} devices ({PLAN.coap:.0%} over CoAP) send {PLAN.rate:.0f} messages/s, one runs"
-            f" hot from {timedelta(seconds=PLAN.hot[0])} to {timedelta(seconds=PLAN.hot[1])}; look at\n"  # type: ignore[index]
+            f" hot from {timedelta(seconds=PLAN.hot[0])} to {timedelta(seconds=PLAN.hot[1])}, some get a command a"  # type: ignore[index]
+            f" second; look at\n"
             f"  dashboard   {self.worker.url}/\n"
             f"  health      {self.worker.url}/health/ready\n"
             f"  metrics     {self.worker.url}/metrics\n"
+            f"  commands    {self.worker.url}/api/v1/commands\n"
             f"  mail inbox  {env['INBOX_URL']}\n"
             f"  database    {env['DATABASE_URL']}   (table readings)\n"
             f"  ledger      {self.folder / 'ledger.jsonl'}\n"
@@ -157,6 +181,9 @@ class Demo:
         before = 0
         while not self.ended.wait(1.0):
             self._played = time.monotonic() - begun
+            if not commanding and self._played >= _COMMANDS_AFTER_SECONDS:
+                commanding = True
+                operator.start()
             if self.seconds and time.monotonic() - begun >= self.seconds:
                 break
             if not self.worker.alive:
@@ -170,18 +197,37 @@ class Demo:
             before = fleet.acknowledged
             self._tell_mails()
 
+    def _field(self, fleet: Fleet) -> Operator:
+        """Have controllers answer commands, and make the operator who sends some."""
+        assert self.worker is not None
+        lights = LightController(_LIGHTS_ID, "1")
+        self.controllers = Controllers(self.stack.env["MQTT_URL"], [lights], client_id=f"controllers-{fleet.run}")
+        self.controllers.start()
+        climate = [device for device in fleet.devices if fleet.devices[device].family == "fluxor"][:_CLIMATE_TARGETS]
+        sensors = [device for device in fleet.devices if fleet.devices[device].family == "efento"][:_SENSOR_TARGETS]
+        targets = [Target(device, "config", lambda n: {"T_consigne": 20.0 + n % 10 / 2}, "mqtt") for device in climate]
+        targets += [Target(device, "config", lambda n: {"transfer_limit": 1 + n % 100}, "coap") for device in sensors]
+        targets.append(Target(str(_LIGHTS_ID), "light_config_task", light_task, "mqtt"))
+        self.operator = Operator(
+            self.worker.url, targets, name=f"demo-{fleet.run}", every_seconds=_COMMAND_EVERY_SECONDS
+        )
+        return self.operator
+
     def _line(self, rate: int) -> str:
-        assert self.fleet is not None and self.watch is not None
+        assert self.fleet is not None and self.watch is not None and self.operator is not None
         latency = self.watch.latency_seconds
         return (
             f"{self.elapsed:5.0f} s  {rate:5d}/s  acknowledged {self.fleet.acknowledged:,}"
             f"  stored {self.watch.stored:,}  dead letters {self.watch.dead_letters:,}  device to row "
             + (f"{latency * 1000:.0f} ms" if latency is not None else "-")
+            + f"  {self.operator.line()}"
         )
 
     def _finish(self) -> int:
-        assert self.fleet is not None and self.watch is not None
+        assert self.fleet is not None and self.watch is not None and self.operator is not None
         self.screen.settle()
+        # Sensors get their commands in answers: as long as some wait, the fleet goes on.
+        done = self.operator.finish(_COMMANDS_PATIENCE_SECONDS)
         print("demo: the fleet stops; waiting until everything has arrived", flush=True)
         self.fleet.stop()
         self.fleet.join(60)
@@ -189,15 +235,19 @@ class Demo:
         self.watch.stop()
         report = settle(self.fleet.book, Places.from_env(self.stack.env), patience_seconds=_SETTLE_SECONDS)
         print(f"demo: the ledger of run {report.run}\n{report.text()}", flush=True)
-        return self._verdict(report)
+        print(f"demo: {self.operator.report()}", flush=True)
+        return self._verdict(report, commands_ended=done)
 
     @staticmethod
-    def _verdict(report: Report) -> int:
+    def _verdict(report: Report, *, commands_ended: bool) -> int:
         if not report.acknowledged:
             print("demo: nothing was acknowledged", file=sys.stderr)
             return 1
         if not report.ok:
             print("demo: what was sent is not what was stored", file=sys.stderr)
+            return 1
+        if not commands_ended:
+            print(f"demo: commands without an end after {_COMMANDS_PATIENCE_SECONDS:.0f} s", file=sys.stderr)
             return 1
         return 0
 
@@ -208,6 +258,8 @@ class Demo:
         self.screen.settle()
         stops: list[Callable[[], object]] = [
             *([self._forget_env] if self.stack.held else []),
+            *([self.operator.close] if self.operator else []),
+            *([self.controllers.stop] if self.controllers else []),
             *([self.fleet.close] if self.fleet else []),
             *([self.watch.stop] if self.watch else []),
             *([self.worker.stop] if self.worker else []),
@@ -282,6 +334,17 @@ class Demo:
             self._report(f"{which} after {self.elapsed:.1f} s: {mail.get('subject')!r} to {mail.get('to')}")
             self._mails_told += 1
         self._mails_told = max(self._mails_told, len(mails))
+
+
+def light_task(number: int) -> dict[str, Any]:
+    """Return the n-th task for the light controller: eight, and then the same with other times."""
+    return {
+        "task_id": number % 8,
+        "time_beg": 360 + 30 * (number % 24),
+        "duration": 45,
+        "day": number % 7,
+        "channel": number % 2,
+    }
 
 
 def transition_of(mail: dict[str, Any]) -> str:

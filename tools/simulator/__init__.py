@@ -8,22 +8,28 @@ assert report.ok, report.text()
 """
 
 from tools.simulator.checker import Missing, Report, check, examine, judge, settle
+from tools.simulator.controllers import Controllers, LightController
 from tools.simulator.evidence import Places
 from tools.simulator.fleet import Fleet, Plan, new_run
 from tools.simulator.ledger import Book, Ledger, load
 from tools.simulator.message import Message, Outcome
+from tools.simulator.operator import Operator, Target
 from tools.simulator.watch import Watch
 
 __all__ = [
     "Book",
+    "Controllers",
     "Fleet",
     "Ledger",
+    "LightController",
     "Message",
     "Missing",
+    "Operator",
     "Outcome",
     "Places",
     "Plan",
     "Report",
+    "Target",
     "Watch",
     "check",
     "examine",

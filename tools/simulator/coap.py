@@ -1,8 +1,9 @@
 """CoAP requests as devices send them: confirmable, one at a time for each device, sent again until they are answered.
 
-Guarantees: `on_ack` is called once for each message that was answered 2.xx, with the number of its transmissions;
-`on_refused` for one that was answered otherwise. After 5.03 a device waits for Max-Age, at most `MAX_WAIT_SECONDS`, and
-sends its message again. Both are called on the network's thread and must not block.
+Guarantees: `on_ack` is called once for each message that was answered 2.xx, with the number of its transmissions, after
+`on_answer` with what the answer holds; `on_refused` for one that was answered otherwise. After 5.03 a device waits for
+Max-Age, at most `MAX_WAIT_SECONDS`, and sends its message again. All are called on the network's thread and must not
+block.
 
 A device has a socket of its own, as devices have; retransmission is RFC 7252's (2 s, doubled four times), and a device
 whose request was never answered begins again with a new message id.
@@ -149,6 +150,7 @@ class Requester:
         *,
         on_ack: Callable[[Message, int], None],
         on_refused: Callable[[Message, str], None],
+        on_answer: Callable[[Message, bytes], None] = lambda _message, _payload: None,
         inflight: int = 500,
     ) -> None:
         scheme, _, rest = url.partition("://")
@@ -156,7 +158,7 @@ class Requester:
         if scheme != "coap" or not host or not port.isdigit():
             raise ValueError(f"{url}: not a CoAP address; allowed is coap://HOST:PORT")
         self._address = (host.strip("[]"), int(port))
-        self._on_ack, self._on_refused = on_ack, on_refused
+        self._on_ack, self._on_refused, self._on_answer = on_ack, on_refused, on_answer
         self._window = threading.Semaphore(inflight)
         self._devices: dict[str, asyncio.Future[_Device]] = {}
         self._stopped = threading.Event()
@@ -211,6 +213,7 @@ class Requester:
         if answer.code.is_successful():
             if begun is not None:
                 self.latencies.append(time.monotonic() - begun)
+            self._on_answer(message, bytes(answer.payload))
             self._on_ack(message, sends)
         else:
             self._on_refused(message, f"{answer.code}: {answer.payload.decode(errors='replace')}")

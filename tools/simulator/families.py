@@ -13,7 +13,9 @@ import random
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
-from devices.efento.messages import MEASUREMENTS
+from google.protobuf.message import DecodeError
+
+from devices.efento.messages import CONFIG, MEASUREMENTS
 from devices.fluxor import frame
 from tools.simulator.message import MAX_SEQ, Message, Outcome, run_tag, set_points
 
@@ -46,6 +48,10 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def next(self, at: datetime) -> Message:
         """Return the next message, sampled at `at` or, where two would coincide, a moment later."""
+
+    def answered(self, payload: bytes) -> None:
+        """Take what an answer over CoAP holds, on the network's thread; most devices make nothing of it."""
+        del payload
 
     def take_seq(self) -> int:
         """Return the next sequence number, from 0."""
@@ -315,9 +321,21 @@ class Efento(Device):
     def __init__(self, run: str, seed: int, number: int) -> None:
         super().__init__(run, seed, number)
         self._last = 0
+        #: of its configuration; a new one has another
+        self.hash = 1
 
     def _device_id(self, seed: int, number: int) -> str:
         return f"282c{seed % 256:02x}{number:06x}"
+
+    def answered(self, payload: bytes) -> None:
+        """Take a configuration: whatever is in it but the time and a request."""
+        found: Any = CONFIG()
+        try:
+            found.ParseFromString(payload)
+        except DecodeError:
+            return
+        if {field.name for field, _ in found.ListFields()} - {"current_time", "request_device_info"}:
+            self.hash += 1
 
     def next(self, at: datetime) -> Message:
         """Return the next message; a device that is asked more than once a second lets its clock run ahead."""
@@ -329,7 +347,7 @@ class Efento(Device):
             measurement_period_base=60,
             measurement_period_factor=1,
             transfer_reason=1 << 4,
-            hash=1,
+            hash=self.hash,
             cloud_token=f"{self.run}/{seq}",
         )
         samples = (

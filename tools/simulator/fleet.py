@@ -167,8 +167,14 @@ class Fleet:
         self._requester: Requester | None = None
         if coap_url is not None and plan.coap:
             self._requester = Requester(
-                coap_url, on_ack=self._acknowledged, on_refused=self._refused, inflight=inflight
+                coap_url,
+                on_ack=self._acknowledged,
+                on_refused=self._refused,
+                on_answer=self._answered,
+                inflight=inflight,
             )
+        #: from `start` on, by id
+        self.devices: dict[str, Device] = {}
 
     @property
     def book(self) -> Book:
@@ -203,7 +209,9 @@ class Fleet:
             self._publisher.start(patience_seconds)
         if self._requester is not None:
             self._requester.start()
-        self._ledger = Ledger(self._path, self.run, self.plan.seed)
+        ledger = self._ledger = Ledger(self._path, self.run, self.plan.seed)
+        made = devices_of(self.plan, self.run, ledger.book.started)
+        self.devices = {device.device_id: device for device in made}
         self._thread = threading.Thread(target=self._work, name="simulator", daemon=True)
         self._thread.start()
 
@@ -244,6 +252,9 @@ class Fleet:
         if self._ledger is not None:
             self._ledger.acknowledged(message, sends)
 
+    def _answered(self, message: Message, payload: bytes) -> None:
+        self.devices[message.device_id].answered(payload)
+
     def _refused(self, message: Message, reason: str) -> None:
         if self._ledger is not None:
             self._ledger.refuse(message, reason)
@@ -264,8 +275,7 @@ class Fleet:
 
     def _send_all(self) -> None:
         assert self._ledger is not None
-        book = self._ledger.book
-        devices = devices_of(self.plan, self.run, book.started)
+        devices = list(self.devices.values())
         for device in devices:
             self._ledger.device(device.device_id, device.family, own_time=device.own_time)
         end = None if self.plan.seconds is None else time.monotonic() + self.plan.seconds

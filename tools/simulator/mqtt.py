@@ -15,13 +15,24 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from agents.edges.mqtt_wire import parse_url
+from agents.edges.mqtt_wire import BrokerUrl, parse_url
 from tools.simulator.message import Message
 
-__all__ = ["Publisher"]
+__all__ = ["Publisher", "new_client"]
 
 _NO_SUBSCRIBERS = 0x10
 _RECONNECT_SECONDS = (0.2, 2.0)
+
+
+def new_client(url: BrokerUrl, client_id: str, version: MQTTProtocolVersion) -> paho.Client:
+    """Return a client with what `url` says of user and TLS, not connected yet."""
+    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=version)
+    if url.username is not None:
+        client.username_pw_set(url.username, url.password)
+    if url.tls:
+        client.tls_set()
+    client.reconnect_delay_set(*_RECONNECT_SECONDS)  # type: ignore[arg-type]  # paho adds and compares them only
+    return client
 
 
 class Publisher:
@@ -113,13 +124,8 @@ class Publisher:
             self._client.loop_stop()
 
     def _new_client(self, version: MQTTProtocolVersion) -> paho.Client:
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=version)
-        if self._url.username is not None:
-            client.username_pw_set(self._url.username, self._url.password)
-        if self._url.tls:
-            client.tls_set()
+        client = new_client(self._url, self._client_id, version)
         client.max_inflight_messages_set(self._inflight)
-        client.reconnect_delay_set(*_RECONNECT_SECONDS)  # type: ignore[arg-type]  # paho adds and compares them only
         client.on_connect = self._opened
         client.on_disconnect = self._closed
         client.on_publish = self._acknowledged
