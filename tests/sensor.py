@@ -44,7 +44,7 @@ class Sensor:
         return [found.transfer_limit for found in self.got if found.transfer_limit]
 
     def ask(self, *, acknowledge: bool = True) -> Any:
-        """Send measurements, confirmable, until an answer comes; returns the configuration in it.
+        """Send measurements, confirmable, until they are taken; returns the configuration in the answer.
 
         An answer that wants an acknowledgement gets it only with ``acknowledge``.
         """
@@ -63,13 +63,16 @@ class Sensor:
                 continue
             if answer is None:
                 continue
+            if not answer.code.is_successful():
+                time.sleep(0.2)
+                continue
             if answer.mtype == CON and acknowledge:
                 self._socket.send(struct.pack("!BBH", 0x60, 0, answer.mid))
             found: Any = CONFIG()
             found.ParseFromString(bytes(answer.payload))
             self.got.append(found)
             return found
-        raise AssertionError(f"no answer to {TRIES} transmissions")
+        raise AssertionError(f"no 2.xx for {TRIES} transmissions")
 
     def _answer(self, token: bytes) -> Message | None:
         until = time.monotonic() + WAIT_SECONDS

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from devices.light_controller.schedule import unpack_alarm
+from tests.faults.topics import write
+from tests.faults.worker import Realm
 from tests.sensor import Sensor
 from tests.test_commands_e2e import Gateway, Http, house, wait_for
 from tools.stack import Stack, ports
@@ -49,8 +51,8 @@ class Kind:
 class Place:
     """A worker, a gateway, and devices of each kind."""
 
-    def __init__(self, http: Http, gateway: Gateway, address: str) -> None:
-        self.http, self.gateway, self.address = http, gateway, address
+    def __init__(self, own: Realm, http: Http, gateway: Gateway, address: str) -> None:
+        self.own, self.http, self.gateway, self.address = own, http, gateway, address
         self.sensors: list[Sensor] = []
         self._number = 2_300_000 + random.SystemRandom().randrange(100_000) * 10
 
@@ -84,8 +86,8 @@ class Place:
 def place(stack: Stack, folder: Path, **settings: str) -> Iterator[Place]:
     """Open a place."""
     address = f"127.0.0.1:{ports.choose(set(), random.SystemRandom(), socket.SOCK_DGRAM)}"
-    with house(stack, folder, STAGES=STAGES, COAP_BIND=address, **settings) as (_own, _worker, http, gateway):
-        found = Place(http, gateway, address)
+    with house(stack, folder, STAGES=STAGES, COAP_BIND=address, **settings) as (own, _worker, http, gateway):
+        found = Place(own, http, gateway, address)
         try:
             yield found
         finally:
@@ -240,3 +242,28 @@ def test_a_device_that_is_off_line_or_answers_too_late(stack: Stack, tmp_path: P
         for name in late:
             states = http.states(name)
             assert (states[-1], states.count("TIMEOUT"), "SUCCESSFUL" in states) == ("TIMEOUT", 1, False)
+
+
+def test_iot_devices_says_who_gets_commands(stack: Stack, tmp_path: Path) -> None:
+    """With UNKNOWN_DEVICES=reject only who is named; the topic's profile gives the protocol; not who is not active."""
+    with place(stack, tmp_path, UNKNOWN_DEVICES="reject", COMMAND_TIMEOUT_SECONDS="60") as here:
+        http = here.http
+        remote, sensor = here.coap()
+        body = {"device_id": remote.device_id, "command_type": "config", "payload": {"transfer_limit": 9}}
+
+        def register(**fields: Any) -> None:
+            device = json.dumps({"device_id": remote.device_id, "profile": "efento", **fields}).encode()
+            write(here.own, "iot_devices", [(remote.device_id.encode(), device)])
+
+        def answer(status: int, name: str) -> Any:
+            found, text = http("POST", "/commands", {**body, "request_id": name})
+            return text if found == status else None
+
+        assert answer(400, "unknown")["pointer"] == "/device_id"
+        register()
+        wait_for("the device to be known", lambda: answer(202, "known"))
+        wait_for("the configuration at the sensor", lambda: sensor.ask().transfer_limit == 9)
+        assert http.until("known", "SUCCESSFUL")["protocol"] == "coap"
+        register(active=False)
+        refused = wait_for("the device to be inactive", lambda: answer(400, "inactive"))
+        assert (refused["pointer"], "not active" in refused["error"]) == ("/device_id", True)
