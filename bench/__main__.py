@@ -18,6 +18,7 @@ OURS = {
     "outage": "memory while a sink is away for ten minutes, and what it takes to come back",
     "mail": "from a device over its threshold to its mail, at 500 messages/s",
     "restore": "a million alarm states back from the changelog: time and memory",
+    "commands": "from POST to a connected device, and to its word",
 }
 #: Programs of their own: ``python -m bench.NAME``.
 OTHERS = {

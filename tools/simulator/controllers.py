@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,10 +73,21 @@ class LightController:
 
 
 class Controllers:
-    """All field brokers of a fleet on one connection. Raises ValueError for a URL that is none."""
+    """All field brokers of a fleet on one connection; `on_command` is called with the `uid` of what arrives.
 
-    def __init__(self, url: str, lights: Sequence[LightController] = (), *, client_id: str = "") -> None:
+    Raises ValueError for a URL that is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        lights: Sequence[LightController] = (),
+        *,
+        client_id: str = "",
+        on_command: Callable[[str], None] = lambda _uid: None,
+    ) -> None:
         self._url = parse_url(url)
+        self._on_command = on_command
         self._lights = {light.device_id: light for light in lights}
         self._ready = threading.Event()
         #: answered commands, by device
@@ -108,6 +119,7 @@ class Controllers:
         try:
             command = json.loads(message.payload)
             uid, device = str(command["uid"]), int(command["id_capteur"])
+            self._on_command(uid)
             light = self._lights.get(device)
             if light is not None and "sync_header" in command:
                 for frame in light.take(command["sync_header"], command["sync_alarm"], command["epoch"]):
