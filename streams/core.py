@@ -224,7 +224,11 @@ app = HostApp(
     SETTINGS.app_id,
     resilience=resilience_options(SETTINGS, "host"),
     listener=EVENTS,
-    **{**faust_options(SETTINGS, "host"), "web_enabled": True},
+    **{
+        **faust_options(SETTINGS, "host"),
+        "web_enabled": True,
+        "Worker": logs.worker_type(SETTINGS.log_level, SETTINGS.log_format),
+    },
 )
 logs.calm_kafka()
 metrics.REGISTRY.register(metrics.StageCollector(app.apps))

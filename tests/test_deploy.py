@@ -21,7 +21,7 @@ def test_one_process_type_per_stage() -> None:
     ports = set()
     for stage, command in processes.items():
         assert f" STAGES={stage} " in command
-        assert command.endswith("exec faust -A streams worker -l info")
+        assert command.endswith("exec faust -A streams worker")
         found = re.search(r'WEB_BIND="127\.0\.0\.1:\$\{PORT:-(\d+)\}"', command)
         assert found is not None
         ports.add(found[1])

@@ -78,7 +78,7 @@ class App(faust.App):
         **options: Any,
     ) -> None:
         self.begin_resilience(resilience, listener)
-        super().__init__(id, **FAUST_OPTIONS, **options)
+        super().__init__(id, **{**FAUST_OPTIONS, **options})
 
     def begin_resilience(self, resilience: ResilienceOptions, listener: Listener | None) -> None:
         """Set up what an app under commit control has over and above Faust's; called once."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 
+import faust
+import pytest
 from mode.utils.logging import ExtensionFormatter
 
-from streams.logs import Calm, calm_kafka
+from streams.logs import Calm, JsonLines, calm_kafka, worker_type
 
 
 class Shown(logging.Handler):
@@ -60,3 +64,31 @@ def test_every_logger_of_aiokafka_is_calm() -> None:
     assert calm_kafka() == names
     for name in names:
         assert sum(isinstance(found, Calm) for found in logging.getLogger(name).filters) == 1
+
+
+def test_a_record_is_one_line_of_json() -> None:
+    """Time, level, logger and message, and the traceback of an exception, whatever line ends are in them."""
+    try:
+        raise ValueError("no\nsuch thing")
+    except ValueError:
+        record = logging.LogRecord("streams.x", logging.ERROR, "x.py", 1, "lost %d", (3,), sys.exc_info())
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert (found["level"], found["logger"], found["message"]) == ("ERROR", "streams.x", "lost 3")
+    assert found["time"].endswith("Z")
+    assert "ValueError: no\nsuch thing" in found["exception"]
+
+
+@pytest.mark.parametrize(("given", "level"), [(None, "ERROR"), ("debug", "debug")])
+def test_the_log_is_as_the_settings_say(given: str | None, level: str) -> None:
+    """LOG_LEVEL counts unless a level is given; with LOG_FORMAT=json every handler writes JSON."""
+    app = faust.App("logs", broker="kafka://127.0.0.1:1")
+    worker = worker_type("ERROR", "json")(app, loglevel=given)
+    assert worker.loglevel == level
+    logger, shown = logging.getLogger("try.json"), Shown()
+    logger.addHandler(shown)
+    logger.propagate = False
+    worker.on_setup_root_logger(logger, logging.ERROR)
+    logger.error("it is %s", "late")
+    assert json.loads(shown.lines[0])["message"] == "it is late"
