@@ -581,7 +581,10 @@ class Settings:
         _GUARD, "0.5", _number(0.01, 1, ""), "Share of dead letters in a window above which the stage stops."
     )
     dlq_guard_probe_seconds: float = _setting(
-        _GUARD, "30", _seconds(0.5, 3600), "Between two probes of a stopped stage; one that succeeds lets it go on."
+        _GUARD,
+        "30",
+        _seconds(0.5, 3600),
+        "Longest time between two probes of a stopped stage; one that succeeds frees it.",
     )
 
     database_url: str = _setting(

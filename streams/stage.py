@@ -206,4 +206,5 @@ def resilience_options(settings: configuration.Settings, stage: str) -> Resilien
         guard_messages=settings.dlq_guard_messages,
         guard_devices=settings.dlq_guard_devices,
         guard_share=settings.dlq_guard_share,
+        guard_probe_seconds=settings.dlq_guard_probe_seconds,
     )

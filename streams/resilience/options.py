@@ -47,6 +47,7 @@ class ResilienceOptions:
     guard_messages: int = 1000
     guard_devices: int = 10
     guard_share: float = 0.5
+    guard_probe_seconds: float = 30.0
     rng: Callable[[], random.Random] = random.Random
 
     def new_guard(self) -> Guard:

@@ -221,6 +221,8 @@ class Settling:
         self.app.accounts.retries += 1
         backoff = self._attempt_backoff if kind is FailureClass.UNCLASSIFIED else self._retry_backoff
         delay: float = backoff.next()
+        if self.app.guard.tripped is not None:
+            delay = min(delay, self.app.resilience.guard_probe_seconds)
         self.app.on_retry(exc, kind, delay)
         return delay
 

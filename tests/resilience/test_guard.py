@@ -1,13 +1,14 @@
-"""The dead-letter guard, as the pure thing that it is."""
+"""The dead-letter guard, as the pure thing that it is, and in a stage."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-from streams.resilience.failures import Rejected, SetAside
+from streams.resilience.failures import Poison, Rejected, SetAside
 from streams.resilience.guard import Guard
 from streams.resilience.settling import Settling
+from tests.resilience.harness import Rig, numbered
 
 
 def keys(count: int) -> list[bytes]:
@@ -102,3 +103,24 @@ def test_what_is_set_aside_is_no_sign_of_a_wrong_deployment() -> None:
         assert made[0] == (b"d0", "rejected", str(error))
         assert (bench.app.guard.tripped is not None) is stopped
         assert (None in made) is stopped
+
+
+async def test_a_stopped_stage_is_probed_at_its_own_pace() -> None:
+    """However long the backoff has become, a message that was held is tried again within ``guard_probe_seconds``."""
+    good = False
+    options = {"guard_messages": 10, "guard_devices": 1, "guard_probe_seconds": 0.01}
+    async with Rig(retry_base_seconds=3600, retry_cap_seconds=3600, **options) as rig:
+
+        @rig.app.agent(rig.topic("in"))
+        async def work(stream: Any) -> None:
+            nonlocal good
+            async for _ in stream:
+                if not good:
+                    raise Poison("not of this world")
+
+        await rig.begin("in")
+        await rig.feed("in", 0, *numbered(30))
+        await rig.until(lambda: rig.app.guard.tripped is not None)
+        good = True
+        await rig.until(lambda: rig.mark("in") == 30)
+        assert rig.app.guard.tripped is None
