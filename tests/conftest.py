@@ -5,11 +5,20 @@
 ends.
 """
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tools.stack import Stack
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangup() -> None:
+    """Let the workers of the tests hear HUP, also under nohup: what is ignored stays so in children, a handler does
+    not."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

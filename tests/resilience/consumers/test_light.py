@@ -21,11 +21,11 @@ from streams.resilience import (
 
 
 def test_importing_is_light() -> None:
-    """Neither the package nor any of its names loads Faust or the settings; the package alone loads no client."""
+    """No name but that for Faust apps loads Faust or the settings; the package alone loads no client."""
     code = (
         "import sys, streams.resilience as r\n"
         "assert not {'aiokafka', 'faust', 'mode', 'settings'} & set(sys.modules), 'package'\n"
-        "[getattr(r, name) for name in r.__all__]\n"
+        "[getattr(r, name) for name in r.__all__ if name != 'ResilientTransport']\n"
         "import streams.resilience.sync\n"
         "bad = {'faust', 'mode', 'settings'} & set(sys.modules)\n"
         "assert not bad, bad\n"
