@@ -39,6 +39,14 @@ class GatheredWrites:
         return await future
 
     async def _run(self) -> None:
+        try:
+            await self._write_waiting()
+        finally:
+            # Here and not with the callback, which comes a turn of the loop later: who calls in between would wait for
+            # a writer that has gone.
+            self._running.discard(asyncio.current_task())  # type: ignore[arg-type]
+
+    async def _write_waiting(self) -> None:
         while self._waiting:
             together = [self._waiting.popleft()]
             count = len(together[0][0])

@@ -84,3 +84,17 @@ async def test_a_caller_that_gave_up_does_not_disturb_the_others() -> None:
     assert (await first, await other) == ([], [])
     with pytest.raises(asyncio.CancelledError):
         await gone
+
+
+async def test_who_calls_when_a_writer_has_just_ended_is_served() -> None:
+    """A call in the very turn of the loop in which the last write ends waits for nobody."""
+    store = Store()
+    store.gate.set()
+    write = GatheredWrites(store.write, limit_rows=100)
+    for turns in range(12):
+        first = asyncio.ensure_future(write(rows("a")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            assert await write(rows("b")) == []
+            await first
