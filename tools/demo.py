@@ -175,7 +175,7 @@ class Demo:
             f"  mail inbox  {env['INBOX_URL']}\n"
             f"  database    {env['DATABASE_URL']}   (table readings)\n"
             f"  ledger      {self.folder / 'ledger.jsonl'}\n"
-            f"  commands    set -a; . {self.folder / ENV_FILE}; set +a; .venv/bin/faust -A streams accounts\n"
+            f"  shell       set -a; . {self.folder / ENV_FILE}; set +a; .venv/bin/faust -A streams accounts\n"
             + ("  Ctrl-C ends the demo" if not self.seconds else f"  ends by itself after {self.seconds:.0f} s")
         )
         before = 0
