@@ -308,7 +308,11 @@ class Connection(aiomqtt.Client):
         try:
             self._client.loop_read()
             sock = self._client.socket()
-            if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                # uvloop calls the reader once for a socket with an error, then never again; this read may have ended at
+                # data that came before the error
+                self._client.lose()
+            elif isinstance(sock, ssl.SSLSocket) and sock.pending():
                 self._loop.call_soon(self._readable)
         except Exception as exc:
             self._fail(exc)
@@ -377,7 +381,10 @@ class Connection(aiomqtt.Client):
 
     def _register_writer(self, sock: Any) -> None:
         if not self._abandoned and sock.fileno() >= 0:
-            self._loop.add_writer(sock.fileno(), self._writable)
+            try:
+                self._loop.add_writer(sock.fileno(), self._writable)
+            except RuntimeError as exc:  # uvloop has given the socket up; the caller is in the midst of something
+                self._loop.call_soon(self._fail, exc)
 
     def _on_socket_unregister_write(self, client: Any, userdata: Any, sock: Any) -> None:
         if sock.fileno() >= 0:
@@ -392,11 +399,14 @@ class Connection(aiomqtt.Client):
     async def _misc_loop(self) -> None:
         """Keep alive. While reading is stopped no answer can be seen, so none is waited for."""
         last_ping = self._loop.time()
-        while True:
-            if not self._paused:
-                if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
-                    return
-            elif self._loop.time() - last_ping >= self._client.keepalive / 3:
-                last_ping = self._loop.time()
-                self._client.ping()
-            await asyncio.sleep(1)
+        try:
+            while True:
+                if not self._paused:
+                    if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
+                        return
+                elif self._loop.time() - last_ping >= self._client.keepalive / 3:
+                    last_ping = self._loop.time()
+                    self._client.ping()
+                await asyncio.sleep(1)
+        except Exception as exc:
+            self._fail(exc)

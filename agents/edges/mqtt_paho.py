@@ -104,6 +104,10 @@ class PahoClient(paho.Client):
         """Send a PINGREQ outside of the keep-alive."""
         self._send_simple_command(paho.PINGREQ)
 
+    def lose(self) -> None:
+        """End the connection as one that the network has ended."""
+        self._loop_rc_handle(paho.MQTT_ERR_CONN_LOST)
+
     def drop(self) -> None:
         """Close the socket without a word."""
         self._sock_close()

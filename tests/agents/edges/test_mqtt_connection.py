@@ -2,14 +2,19 @@
 
 import asyncio
 import contextlib
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import aiomqtt
 import pytest
+import uvloop
 
 from agents.edges.mqtt_client import MqttSource, SourceEvent, SourceState, TlsFiles
+from agents.edges.mqtt_connection import Connection
+from agents.edges.mqtt_wire import Arrival, parse_url
 from streams.resilience.failures import Rejected, Retryable
 from tests.agents.edges.broker import Mosquitto, Passage, Recorder, Rig, free_port, publish, read_packet, until
 from tests.agents.edges.certificates import make_certificates
@@ -266,6 +271,40 @@ async def test_a_silent_network_is_noticed_by_the_keep_alive(broker: Mosquitto) 
         await rig.active()
         await publish(broker.url, ["1"])
         await until(lambda: rig.payloads == ["1"])
+
+
+@pytest.mark.parametrize("acknowledging", [False, True])
+def test_a_reset_behind_a_message_is_noticed_at_once(acknowledging: bool) -> None:
+    """uvloop, the worker's loop, calls the reader once for a socket with an error; that read ends at the message."""
+
+    async def play() -> None:
+        arrived: list[Arrival] = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            connection = Connection(
+                parse_url(f"mqtt://127.0.0.1:{server.getsockname()[1]}"),
+                client_id=CLIENT,
+                mqtt5=False,
+                on_arrivals=arrived.extend,
+                max_message_bytes=1000,
+                persistent=False,
+                keepalive_seconds=3600,
+            )
+            opening = asyncio.ensure_future(connection.open())
+            ours, _ = await asyncio.to_thread(server.accept)
+            assert (await asyncio.to_thread(ours.recv, 1000))[:1] == b"\x10"  # CONNECT
+            ours.send(b"\x20\x02\x00\x00")  # CONNACK
+            await opening
+            ours.send(b"\x32\x06\x00\x01a\x00\x07!")  # PUBLISH, QoS 1
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            ours.close()  # a reset
+        if acknowledging:
+            await until(lambda: arrived)
+            connection.acknowledge([(7, 1)])
+        assert await asyncio.wait_for(connection.wait_lost(), 60)
+        assert [(arrival.mid, arrival.payload) for arrival in arrived] == [(7, b"!")]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(play())
 
 
 async def test_downlinks_return_when_the_broker_has_them(broker: Mosquitto) -> None:
