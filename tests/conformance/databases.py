@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any, Final
+
 import asyncpg
 import redis.asyncio as redis
 
 from tools.stack import Stack
 
 # Not the database that other tests use.
-_REDIS_DATABASE = 9
+_REDIS_DATABASE: Final = 9
+_DROP_ATTEMPTS: Final = 100
+
+
+async def drop_database(connection: Any, name: str) -> None:
+    """Drop a database with whoever is connected to it; autovacuum is waited for, as only a superuser may end it."""
+    for attempt in range(_DROP_ATTEMPTS):
+        try:
+            await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        except asyncpg.InsufficientPrivilegeError:
+            if attempt == _DROP_ATTEMPTS - 1:
+                raise
+            await asyncio.sleep(0.1)
+        else:
+            return
 
 
 async def fresh_url(stack: Stack, part: str, name: str) -> str:
@@ -21,7 +38,7 @@ async def fresh_url(stack: Stack, part: str, name: str) -> str:
         return url
     url = stack.env["DATABASE_URL"]
     connection = await asyncpg.connect(url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+    await drop_database(connection, name)
     await connection.execute(f'CREATE DATABASE "{name}" STRATEGY file_copy')
     await connection.close()
     return url.rsplit("/", 1)[0] + f"/{name}"

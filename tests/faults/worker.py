@@ -19,7 +19,7 @@ get signals.
 
 import asyncio
 import secrets
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import asyncpg
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
+from tests.conformance.databases import drop_database
 from tests.faults.oracle import Oracle
 from tests.faults.rest import Bookkeeping, at_rest
 from tools.simulator import Fleet, Places, Plan, Report, check, settle
@@ -104,7 +105,8 @@ class Realm:
 
     def open(self) -> None:
         """Create the database."""
-        asyncio.run(_execute(self._maintenance_url, f'CREATE DATABASE "{self.name}"'))
+        statement = f'CREATE DATABASE "{self.name}"'
+        asyncio.run(_maintain(self._maintenance_url, lambda connection: connection.execute(statement)))
 
     def close(self) -> None:
         """End all that was started, let all that was paused go on, and remove database and MQTT session."""
@@ -116,7 +118,7 @@ class Realm:
             worker.resume() if worker.alive else None
             worker.stop()
         if self.stack.part("postgresql").alive:
-            asyncio.run(_execute(self._maintenance_url, f'DROP DATABASE IF EXISTS "{self.name}" WITH (FORCE)'))
+            asyncio.run(_maintain(self._maintenance_url, lambda connection: drop_database(connection, self.name)))
         if self.stack.part("mqtt").alive:
             self._forget_session()
 
@@ -137,10 +139,10 @@ class Realm:
             return
 
 
-async def _execute(url: str, statement: str) -> None:
+async def _maintain(url: str, work: Callable[[Any], Awaitable[Any]]) -> None:
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute(statement)
+        await work(connection)
     finally:
         await connection.close()
 
