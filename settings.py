@@ -501,7 +501,10 @@ class Settings:
         _APP, "32MiB", _size(1 * MIB, 16384 * MIB), "Block cache of all tables of one stage."
     )
     rocksdb_write_buffer_bytes: int = _setting(
-        _APP, "8MiB", _size(1 * MIB, 1024 * MIB), "Memtable of one table's partition."
+        _APP,
+        "4MiB",
+        _size(1 * MIB, 1024 * MIB),
+        "Memtable of one table's partition; it takes up to two of them, whatever it holds.",
     )
     table_standby_replicas: int = _setting(
         _APP,

@@ -76,7 +76,7 @@ class Chunk:
         #: the stream that this chunk came through: it settles failures and takes what is sent
         self.owner = owner
         self.delivery = delivery
-        #: the event that carries this chunk, where Kafka delivered it
+        #: the event that carries this chunk, where Kafka delivered it, until that is acknowledged
         self.event: Any = None
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Chunk:
     @property
     def ours(self) -> bool:
         """Whether its partition has not been revoked since it came."""
-        return self.event is None or bool(self.event.live)
+        return self.delivery is None or (self.event is not None and bool(self.event.live))
 
     def __repr__(self) -> str:
         first = self.records[0] if self.records else None

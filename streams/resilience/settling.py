@@ -96,6 +96,9 @@ class Settling:
     def finished(self, event: Event) -> None:
         """Note that ``event`` is acknowledged."""
         self.in_flight.pop(event, None)
+        if event.value.__class__ is Chunk:
+            # a chunk and its event would keep each other, and all records of a fetch, until the collector finds them
+            event.value.event = None
         if self._attempts:
             tried = [
                 offset for offset in event.offsets() if self._attempts.pop((event.message.tp, offset), None) is not None
@@ -277,14 +280,14 @@ class Settling:
         event, delivery = chunk.event, chunk.delivery
         if self.app.guard.watching:
             self._tell_guard(chunk, letters, rest)
-        if delivery is None or event is None:
+        if delivery is None:
             await self.app.capture(outgoing + letters)
             chunk.pending = rest
             if failure is not None:
                 raise failure
             return True
-        if event.void or not event.live:
-            # It comes anew where its partition is now, and there its outputs count.
+        if event is None or event.void or not event.live:
+            # It was acknowledged before; or it comes anew where its partition is now, and there its outputs count.
             return False
         if outgoing:
             futures = await self.app.send_outgoing(self.app.producer, outgoing)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import msgspec
@@ -316,6 +318,29 @@ async def test_a_chunk_is_complete_when_its_outputs_are_acknowledged() -> None:
         rig.producer.acknowledge()
         await rig.until(lambda: rig.mark("in") == 5)
         assert rig.balanced()
+
+
+async def test_a_chunk_that_is_done_is_freed_without_the_garbage_collector() -> None:
+    """A chunk that kept itself alive would keep all records of a fetch, until a full collection some minutes later."""
+    async with Rig() as rig:
+        records: list[weakref.ref[Any]] = []
+
+        @rig.app.agent(rig.chunk_topic("in"))
+        async def work(stream: Any) -> None:
+            async for chunk in stream:
+                records.append(weakref.ref(chunk.records[0]))
+                await chunk.each(echo)
+
+        await rig.begin("in")
+        gc.disable()
+        try:
+            for number in (1, 2):  # the body still has the last one in hand
+                await rig.feed("in", 0, *numbered(3))
+                await rig.until(lambda number=number: rig.mark("in") == 3 * number)
+            await rig.until(lambda: records[0]() is None)
+        finally:
+            gc.enable()
+        assert len(records) == 2
 
 
 async def test_a_retry_in_a_chunk_keeps_order_and_counts_once() -> None:
