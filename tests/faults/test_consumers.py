@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import secrets
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 
 import aiokafka
@@ -36,24 +36,20 @@ SEED = 20_251_107
 
 
 @pytest.fixture
-async def kafka_part() -> AsyncIterator[Part]:
-    """A broker of this test's own."""
-    stack = Stack.temporary({"kafka"})
-    try:
-        await asyncio.to_thread(stack.start)
-        yield stack.part("kafka")
-    finally:
-        await asyncio.to_thread(stack.stop, discard=True)
+def kafka_part(breakable: Stack) -> Part:
+    """A broker that may be killed."""
+    return breakable.part("kafka")
 
 
 @pytest.fixture
 async def topic(kafka_part: Part) -> str:
-    """A topic of four partitions."""
+    """A topic of four partitions; its name serves as a group's, too."""
+    name = f"faults-{secrets.token_hex(4)}"
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka_part.address())
     await admin.start()
-    await admin.create_topics([NewTopic("faults", 4, 1)])
+    await admin.create_topics([NewTopic(name, 4, 1)])
     await admin.close()
-    return "faults"
+    return name
 
 
 async def produce(servers: str, topic: str, sent: list[int]) -> None:
@@ -141,7 +137,7 @@ async def test_every_message_through_faults(kafka_part: Part, topic: str, kind: 
     servers = kafka_part.address()
     handler = Handler()
     sent: list[int] = []
-    consumer = kind(topic, "g", servers, metadata_max_age_ms=1000, **OPTIONS)
+    consumer = kind(topic, topic, servers, metadata_max_age_ms=1000, **OPTIONS)
     if kind is AsyncResilientKafkaConsumer:
 
         async def handle(message: Any) -> bool:
@@ -154,7 +150,7 @@ async def test_every_message_through_faults(kafka_part: Part, topic: str, kind: 
     await produce(servers, topic, sent)
     await faults
     await eventually(lambda: len(set(handler.done)) == MESSAGES, f"all messages (seed {SEED})", 180)
-    await eventually(lambda: committed_all(servers, "g"), "the end committed", 60)
+    await eventually(lambda: committed_all(servers, topic), "the end committed", 60)
     check(handler.done, sent)
     if kind is AsyncResilientKafkaConsumer:
         assert consumer.is_healthy()
@@ -173,7 +169,7 @@ async def handle(message):
     seen.append(message.value)
     print(message.value, flush=True)
     return message.value != 1 or len(sys.argv) > 3
-asyncio.run(AsyncResilientKafkaConsumer(sys.argv[1], "g", sys.argv[2], base_delay=0.2, max_delay=0.2,
+asyncio.run(AsyncResilientKafkaConsumer(sys.argv[1], sys.argv[1], sys.argv[2], base_delay=0.2, max_delay=0.2,
     session_timeout_ms=6000, heartbeat_interval_ms=1000, rebalance_timeout_ms=6000).consume_messages(handle))
 """
 
