@@ -51,6 +51,8 @@ def test_the_dead_letter_topic_is_deleted(breakable: Stack, tmp_path: Path, shor
         change(own, there=False)
         write(own, "iot_raw_data", values, 0)
         wait_for("poison waits", lambda: worker.metric("headrace_in_flight", stage="normalizer"))
+        # KAFKA_REQUEST_TIMEOUT_SECONDS later: until then the letters wait in the client
+        wait_for("letters refused", lambda: worker.metric("headrace_retries_total", stage="normalizer"))
         time.sleep(5 if short else 60)
         assert worker.metric("headrace_in_flight", stage="normalizer"), "nothing is skipped"
         assert max(committed(own, group).values(), default=0) == 0
