@@ -502,7 +502,7 @@ class Settings:
     )
     rocksdb_write_buffer_bytes: int = _setting(
         _APP,
-        "4MiB",
+        "2MiB",
         _size(1 * MIB, 1024 * MIB),
         "Memtable of one table's partition; it takes up to two of them, whatever it holds.",
     )
