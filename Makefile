@@ -1,16 +1,17 @@
 # Each target installs what it needs first; `make install` returns at once when all of it is there.
 .PHONY: help install demo stack test test-faults bench lint
 PYTHON := .venv/bin/python
-# Tests wait more than they compute; each of these processes has servers of its own. JOBS=0: one process, for -s and --pdb.
-JOBS ?= 3
+# Processes of tests, each with servers of its own; 0 is this one, as -s and --pdb want it. The faults wait more than they compute.
 PARALLEL = -n $(JOBS) --dist worksteal
+test: JOBS ?= 0
+test-faults: JOBS ?= 2
 
 help:
 	@echo "make demo         the whole pipeline with simulated devices (DEMO_SECONDS=n: end by itself)"
 	@echo "make stack        only Kafka, PostgreSQL, Valkey, an MQTT broker and an SMTP inbox (HEADRACE_STATE: its folder)"
 	@echo "make test         the default test suite"
 	@echo "make test-faults  the suite that kills real processes (FAULTS=short: a few minutes)"
-	@echo "                  both: JOBS=n processes at a time (3), JOBS=0: one, as for PYTEST_ARGS=-s"
+	@echo "                  both: JOBS=n processes of tests at a time (0: one, for PYTEST_ARGS=-s; faults: 2)"
 	@echo "make bench        the benchmarks, written under bench/results/"
 	@echo "make lint         ruff and mypy"
 	@echo "make install      .venv/ with everything that these need"

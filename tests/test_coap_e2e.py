@@ -151,7 +151,8 @@ def test_a_fleet_over_both_protocols_is_stored(stack: Stack, tmp_path: Path) -> 
         fleet.start()
         assert fleet.join(180)
         report = own.settle(fleet)
-        assert report.clean, f"{report.text()}\n{worker.tail()}"
+        # a busy machine has CoAP clients ask again, then a later message may overtake
+        assert report.ok and not report.unexpected_dead, f"{report.text()}\n{worker.tail()}"
         assert report.acknowledged == report.stored == 600
         assert worker.stop() == 0
 
