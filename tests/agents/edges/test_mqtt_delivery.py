@@ -325,7 +325,10 @@ async def test_retained_messages_are_marked_and_come_once(broker: Mosquitto) -> 
         await until(lambda: rig.events.get(SourceEvent.CONNECTED) == 2)
         await rig.active()
         await publish(broker.url, ["newer"])
-        await until(lambda: rig.payloads == ["old", "new", "newer"])
+        await until(lambda: rig.payloads[-1:] == ["newer"])
+        # the cut may have swallowed the PUBACK of what came last before it, which then comes again
+        messages = [message for batch in rig.batches for message in batch.messages]
+        assert [message.payload for message in messages if not message.dup] == [b"old", b"new", b"newer"]
 
 
 async def test_qos_0_is_delivered_and_counted(broker: Mosquitto) -> None:
