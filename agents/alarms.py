@@ -29,6 +29,7 @@ from devices.alarms.prepare import Limits
 from streams import topics
 from streams.feed import Feed, Feeds
 from streams.messages import AlertAction, Reading, encode
+from streams.resilience.bounds import within
 from streams.resilience.chunks import Out
 from streams.resilience.failures import Retryable
 from streams.resilience.producer import Outgoing
@@ -236,6 +237,6 @@ alarms.service(Clock)
 async def rules_known() -> None:
     """Raise while the rules of the topic are not complete."""
     try:
-        await asyncio.wait_for(FEEDS.ready(), 1.0)
+        await within(FEEDS.ready(), 1.0)
     except TimeoutError:
         raise Retryable("the topics of rules, devices and open alarms have not been read to their end yet") from None

@@ -7,7 +7,6 @@ type it is answered 409, where the database knows it already. Each API key has a
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from streams import topics
 from streams.api import Refusal, answer, body_of, endpoint, key_of, query_limit, store
 from streams.core import SETTINGS, app
 from streams.messages import TERMINAL_STATES, Command, encode
+from streams.resilience.bounds import within
 
 MAX_ID = 128
 PROTOCOLS = ("mqtt", "coap")
@@ -81,7 +81,7 @@ class Fleet:
         if self.registered is None:
             self.registered = Registered(Registry.load(SETTINGS.config_path))
             await self.registered.follow(app, SETTINGS)
-        await asyncio.wait_for(self.registered.ready(), READY_SECONDS)
+        await within(self.registered.ready(), READY_SECONDS)
         return self.registered.registry
 
 

@@ -20,6 +20,7 @@ from devices.configfile import ConfigErrors
 from streams import logs, metrics, topics
 from streams.events import EVENTS
 from streams.provision import TableNeeds, provision, table_partitions
+from streams.resilience.bounds import within
 from streams.resilience.failures import Fatal
 from streams.resilience.health import LOOK_UP_SECONDS, HealthMonitor
 from streams.resilience.watchdog import Culprits, Watchdog
@@ -93,7 +94,7 @@ class Pipeline(Service):
         for app in self.host.apps():
             client = app.producer.client if app.started and app._producer is not None else None
             if client is not None:
-                known = (await asyncio.wait_for(client.fetch_all_metadata(), LOOK_UP_SECONDS)).topics()
+                known = (await within(client.fetch_all_metadata(), LOOK_UP_SECONDS)).topics()
                 return [declared.name for declared in topics.ALL if declared.name not in known]
         return []
 

@@ -20,6 +20,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from settings import Settings
 from streams import topics
+from streams.resilience.bounds import within
 from streams.resilience.deadletter import header
 
 #: Headers that a replayed record carries beside its own.
@@ -261,7 +262,7 @@ async def _original(settings: Settings, letter: Letter) -> tuple[tuple[bytes | N
         if wanted < first:
             return None, f"its value was truncated, and {source}[{partition.partition}]@{wanted} is no longer kept"
         consumer.seek(partition, wanted)
-        record = await asyncio.wait_for(consumer.getone(partition), 30)
+        record = await within(consumer.getone(partition), 30)
         if record.offset != wanted:
             return None, f"its value was truncated, and {source}[{partition.partition}]@{wanted} is gone"
         return (record.key, record.value), ""

@@ -16,6 +16,7 @@ from mode import Service
 
 from streams import metrics
 from streams.core import SETTINGS, app
+from streams.resilience.bounds import within
 from streams.resilience.deadletter import describe
 from streams.resilience.health import WELL
 
@@ -70,7 +71,7 @@ def group_problem(stage_app: Any) -> str | None:
 async def ask(check: Any) -> dict[str, Any]:
     """Run one check of a stage within its bound."""
     try:
-        await asyncio.wait_for(check(), SETTINGS.connect_timeout_seconds)
+        await within(check(), SETTINGS.connect_timeout_seconds)
     except Exception as exc:
         return result(f"{type(exc).__name__}: {describe(exc)}")
     return result(None)

@@ -33,6 +33,7 @@ from streams.resilience import (
     safe_kafka_poll,
     validate_bootstrap_servers,
 )
+from streams.resilience.bounds import within
 from streams.resilience.cluster import open_admin
 from tools.diagnostics.cluster import read_settings
 from tools.diagnostics.latency import own_topic
@@ -175,7 +176,7 @@ async def run(env: Mapping[str, str]) -> bool:
 
     async def check(name: str, work: Any) -> bool:
         try:
-            told = await asyncio.wait_for(work, BOUND_SECONDS) if asyncio.iscoroutine(work) else work()
+            told = await within(work, BOUND_SECONDS) if asyncio.iscoroutine(work) else work()
         except (CheckFailed, KafkaError, OSError, TimeoutError) as exc:
             print(f"FAILED  {name}: {exc if isinstance(exc, CheckFailed) else f'{type(exc).__name__}: {exc}'}")
             return False

@@ -39,6 +39,7 @@ from agents.edges.coap_requests import (
 from agents.edges.coap_udp import UdpSocket
 from devices.driver import Driver
 from devices.timing import DriverAside
+from streams.resilience.bounds import end
 
 TICK_SECONDS: Final = 0.05
 PARALLEL_BATCHES: Final = 3
@@ -123,9 +124,7 @@ class CoapServer:
         deadline = self._clock() + drain_seconds
         while self.pending and self._clock() < deadline:
             await asyncio.sleep(0.01)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         self._tasks = []
         self._socket.close()
 

@@ -36,6 +36,7 @@ from agents.edges.mqtt_errors import ConnectError
 from agents.edges.mqtt_presence import Presence
 from agents.edges.mqtt_wire import Arrival, check_filter, check_share
 from streams.resilience.backoff import Backoff
+from streams.resilience.bounds import end
 from streams.resilience.failures import Retryable
 
 __all__ = ["Arrival", "Batch", "MqttSource", "SourceEvent", "SourceState", "SourceStatus", "TlsFiles"]
@@ -68,12 +69,9 @@ class SourceStatus:
 
 Deliver = Callable[[Batch], Awaitable[None]]
 
-
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancel ``task`` until it is done: asyncio.wait_for of Python 3.11, which aiomqtt uses, can swallow one."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait((task,), timeout=5.0)
+#: A goodbye to the broker is not cut short before this, nor waited for beyond the other.
+_GOODBYE_SECONDS = 5.0
+_END_SECONDS = 20.0
 
 
 class MqttSource:
@@ -212,7 +210,7 @@ class MqttSource:
             # The messages' session first: whoever stands by takes the role as soon as our record is gone.
             stopping.cancel()
             for task in (work, presence):
-                await _end(task)
+                await end(task, seconds=_END_SECONDS, again_seconds=_GOODBYE_SECONDS)
 
     async def stop(self, drain_seconds: float = 5.0) -> None:
         """Stop receiving and end :meth:`run`.
@@ -298,9 +296,7 @@ class MqttSource:
                 self._fail(f"connection to {self._dialer.url} lost: {lost.result()}")
         finally:
             self._count(SourceEvent.DISCONNECTED, 1)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
             await connection.close()
             session.end()
 

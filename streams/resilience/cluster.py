@@ -12,6 +12,7 @@ from typing import Any
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
+from streams.resilience.bounds import within
 from streams.resilience.consumer_options import brokers
 from streams.resilience.tuning import check_keys
 
@@ -79,14 +80,14 @@ class KafkaHealth:
 async def connects(host: str, port: int, seconds: float = CONNECT_SECONDS) -> str:
     """Try a TCP connection; return what was wrong in words, empty when it came to be."""
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), port), seconds)
+        _, writer = await within(asyncio.open_connection(host.strip("[]"), port), seconds)
     except TimeoutError:
         return f"no answer within {seconds:g} s"
     except OSError as exc:
         return str(exc)
     writer.close()
     with contextlib.suppress(OSError, TimeoutError):
-        await asyncio.wait_for(writer.wait_closed(), 1.0)
+        await within(writer.wait_closed(), 1.0)
     return ""
 
 
@@ -111,10 +112,10 @@ async def open_admin(servers: Iterable[str], seconds: float, **connection: Any) 
     """Return a started admin client; raises KafkaError, OSError or TimeoutError."""
     admin = AIOKafkaAdminClient(bootstrap_servers=list(servers), request_timeout_ms=int(seconds * 1000), **connection)
     try:
-        await asyncio.wait_for(admin.start(), seconds)
+        await within(admin.start(), seconds)
     except BaseException:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(admin.close(), 1.0)
+            await within(admin.close(), 1.0)
         raise
     return admin
 
@@ -151,7 +152,7 @@ async def get_kafka_cluster_info(
     check_keys("consumer", connection)
     admin = await open_admin(brokers(bootstrap_servers), timeout, **connection)
     try:
-        return await asyncio.wait_for(describe(admin), timeout)
+        return await within(describe(admin), timeout)
     finally:
         await admin.close()
 

@@ -132,7 +132,8 @@ class Batches:
             waits = [part.due - now for part in parts if part.queue and not part.busy and part.due > now]
             self._ready.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ready.wait(), max(0.001, min(waits, default=1.0)))
+                async with asyncio.timeout(max(0.001, min(waits, default=1.0))):
+                    await self._ready.wait()
 
     async def _handle(self, batch: dict[BatchPartition, list[Item]]) -> None:
         inside_handler.set(self.work.owner)

@@ -17,6 +17,7 @@ from typing import Any
 import aiokafka
 from aiokafka.errors import MessageSizeTooLargeError, RecordTooLargeError
 
+from streams.resilience.bounds import within
 from streams.resilience.consumer_options import ConsumerOptions
 from streams.resilience.deadletter import Failure, Headers, headers_of, truncated
 
@@ -119,7 +120,7 @@ class Letters:
 
 async def _close(producer: aiokafka.AIOKafkaProducer) -> None:
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(producer.stop(), CLOSE_SECONDS)
+        await within(producer.stop(), CLOSE_SECONDS)
 
 
 def failure(kind: str, exc: BaseException, attempts: int, first: datetime, record: Any) -> Failure:

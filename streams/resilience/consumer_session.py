@@ -18,6 +18,7 @@ import aiokafka
 from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
 
+from streams.resilience.bounds import end, within
 from streams.resilience.commits import Ledgers
 from streams.resilience.consumer_batches import Batches, BatchPartition
 from streams.resilience.consumer_options import ConsumerOptions
@@ -74,13 +75,13 @@ class Session(ConsumerRebalanceListener):
         """Connect and subscribe; raises what aiokafka raises, TimeoutError after ``connect_seconds``."""
         self.consumer = consumer = aiokafka.AIOKafkaConsumer(**self.options.config)
         try:
-            await asyncio.wait_for(consumer.start(), self.options.connect_seconds)
+            await within(consumer.start(), self.options.connect_seconds)
             if self.options.pattern is not None:
                 consumer.subscribe(pattern=self.options.pattern, listener=self)
             else:
                 consumer.subscribe(topics=list(self.options.topics), listener=self)
         except BaseException:
-            await _quietly(consumer.stop())
+            await _quietly(within(consumer.stop(), CLOSE_SECONDS))
             raise
 
     async def run(self, stop: asyncio.Event) -> str | None:
@@ -108,10 +109,7 @@ class Session(ConsumerRebalanceListener):
             return f"{type(problem).__name__}: {problem}"
         finally:
             self.running = False
-            waiter.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, waiter, return_exceptions=True)
+            await end(*tasks, waiter)
             await self.close()
 
     def refuse(self) -> None:
@@ -135,7 +133,7 @@ class Session(ConsumerRebalanceListener):
         """Drain, commit and leave the group, each within a bound."""
         await self._give_up(list(self.parts))
         if self.consumer is not None:
-            await _quietly(asyncio.wait_for(self.consumer.stop(), CLOSE_SECONDS))
+            await _quietly(within(self.consumer.stop(), CLOSE_SECONDS))
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -191,7 +189,8 @@ class Session(ConsumerRebalanceListener):
 
     async def _wait_for_room(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._room.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._room.wait()
 
     def _deliver(self, fetched: dict[TopicPartition, list[Any]]) -> None:
         for tp, records in fetched.items():
@@ -230,7 +229,7 @@ class Session(ConsumerRebalanceListener):
                 return True
             group = self.options.group_id
             try:
-                await asyncio.wait_for(consumer.commit(offsets), self.options.resilience.commit_timeout_seconds)
+                await within(consumer.commit(offsets), self.options.resilience.commit_timeout_seconds)
             except (CommitFailedError, IllegalStateError) as exc:
                 log.info("Commit refused in group %s, the group is rebalancing: %s", group, exc)
             except (KafkaError, OSError, TimeoutError) as exc:
@@ -278,7 +277,7 @@ class Session(ConsumerRebalanceListener):
                 await asyncio.wait(late, timeout=1.0)
         if self.commits and parts and self.consumer is not None and is_reachable(self.consumer):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.commit(), CLOSE_SECONDS)
+                await within(self.commit(), CLOSE_SECONDS)
         self.work.accounts.give_back(self.ledgers.close(tps))
         for tp in tps:
             self.parts.pop(tp, None)

@@ -23,6 +23,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
+from streams.resilience.bounds import END_SECONDS, within
 from streams.resilience.judgement import position_of
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.producer import _quietly
@@ -136,10 +137,11 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     async def call(self, coroutine: Coroutine[Any, Any, T], bound_seconds: float) -> T:
         """Run ``coroutine`` in the thread's loop; raises TimeoutError after ``bound_seconds``."""
         future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(
-            asyncio.wait_for(coroutine, bound_seconds), self.thread_loop
+            within(coroutine, bound_seconds), self.thread_loop
         )
         # The second bound is for a thread whose loop does not run at all.
-        return await asyncio.wait_for(asyncio.wrap_future(future), bound_seconds + 5.0)
+        async with asyncio.timeout(bound_seconds + END_SECONDS + 5.0):
+            return await asyncio.wrap_future(future)
 
     async def fetch(self, partitions: set[TP], timeout_seconds: float) -> Records:
         """Return all that fetches brought of the current generation; waits up to ``timeout_seconds`` for the first.
@@ -291,7 +293,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         old = self._consumer
         topics: set[str] = set(old.subscription()) if old is not None else set()
         if old is not None:
-            await _quietly(asyncio.wait_for(old.stop(), CLOSE_SECONDS))
+            await _quietly(within(old.stop(), CLOSE_SECONDS))
         new = await self._connect()
         if new is None:
             return
@@ -305,4 +307,4 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         consumer, self._consumer = self._consumer, None
         await faust_consumer.ConsumerThread.on_thread_stop(self)
         if consumer is not None:
-            await _quietly(asyncio.wait_for(consumer.stop(), CLOSE_SECONDS))
+            await _quietly(within(consumer.stop(), CLOSE_SECONDS))

@@ -175,7 +175,8 @@ class Partition:
         """Wait until something of the partition has changed, or for ``seconds``."""
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     def wake(self) -> None:
         """Tell those that wait for a change."""

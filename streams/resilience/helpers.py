@@ -19,6 +19,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import ConsumerStoppedError, IllegalOperation, KafkaError
 
 from streams.resilience.backoff import Backoff
+from streams.resilience.bounds import within
 from streams.resilience.cluster import (
     ClusterInfo,
     KafkaHealth,
@@ -86,7 +87,7 @@ async def safe_kafka_commit(
     Raises what is no passing failure, such as IllegalOperation for a consumer without a group.
     """
     try:
-        await asyncio.wait_for(consumer.commit(dict(offsets) if offsets is not None else None), COMMIT_SECONDS)
+        await within(consumer.commit(dict(offsets) if offsets is not None else None), COMMIT_SECONDS)
     except Exception as exc:
         if not passes_by_itself(exc):
             raise
@@ -109,7 +110,7 @@ async def is_consumer_healthy(consumer: Any) -> bool:
     if not in_group and consumer.subscription():
         return False
     try:
-        await asyncio.wait_for(consumer.topics(), PROBE_SECONDS)
+        await within(consumer.topics(), PROBE_SECONDS)
     except Exception as exc:
         log.debug("the consumer's metadata request failed: %r", exc)
         return False
@@ -137,10 +138,10 @@ async def create_kafka_producer(bootstrap_servers: str | Sequence[str], **overri
 
 async def _started(client: Any) -> Any:
     try:
-        await asyncio.wait_for(client.start(), START_SECONDS)
+        await within(client.start(), START_SECONDS)
     except BaseException:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(client.stop(), CLOSE_SECONDS)
+            await within(client.stop(), CLOSE_SECONDS)
         raise
     return client
 
@@ -190,7 +191,7 @@ async def recreate_consumer_on_error(
         log.warning("Recreating a consumer after %s: %s", type(error).__name__, error)
     if consumer is not None:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(consumer.stop(), CLOSE_SECONDS)
+            await within(consumer.stop(), CLOSE_SECONDS)
     backoff = Backoff(base_delay, max_delay)
     attempt = 0
     while True:

@@ -19,6 +19,7 @@ from aiokafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeEr
 from faust.transport import producer as faust_producer
 from faust.transport.drivers import aiokafka as driver
 
+from streams.resilience.bounds import end, within
 from streams.resilience.failures import Retryable
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.sequence import SequencedProducer
@@ -317,7 +318,7 @@ class Producer(driver.Producer):
         await self.buffer.flush()
         if self._producer is not None:
             try:
-                await asyncio.wait_for(self._producer.flush(), self.options.drain_seconds)
+                await within(self._producer.flush(), self.options.drain_seconds)
             except TimeoutError:
                 self.log.warning(
                     "Producer of stage %s: flush not done within %.0f s (DRAIN_SECONDS); what was not acknowledged is "
@@ -353,12 +354,12 @@ async def _abandon(producer: aiokafka.AIOKafkaProducer, seconds: float = 5.0) ->
 
     aiokafka's own ``stop`` waits for a broker that is away; cut short, it leaves the sender running.
     """
-    await _quietly(asyncio.wait_for(producer.stop(), seconds))
+    await _quietly(within(producer.stop(), seconds))
     sender = producer._sender
     if sender is not None and sender.sender_task is not None and not sender.sender_task.done():
-        sender.sender_task.cancel()
+        await end(sender.sender_task)
     producer._message_accumulator.fail_all(ProducerClosed())
-    await _quietly(asyncio.wait_for(producer.client.close(), seconds))
+    await _quietly(within(producer.client.close(), seconds))
 
 
 async def _quietly(awaitable: Any) -> None:

@@ -23,6 +23,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
+from streams.resilience.bounds import within
 from streams.resilience.commits import Ledgers
 from streams.resilience.consumer_thread import ConsumerThread
 from streams.resilience.delivery import Completing, Delivery
@@ -125,7 +126,8 @@ class Consumer(Completing, Positions, driver.Consumer):
             self._room = asyncio.Event()
         self._room.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._room.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._room.wait()
 
     async def _drain_messages(self, fetcher: Any) -> None:
         """Fetch and deliver until the consumer or ``fetcher`` (which recovery stops and starts) ends."""
@@ -382,7 +384,7 @@ class Consumer(Completing, Positions, driver.Consumer):
     async def _last_commit(self) -> None:
         """Commit what is complete before the partitions go; a broker that does not answer holds nobody up for long."""
         try:
-            await asyncio.wait_for(self.commit(), LAST_COMMIT_SECONDS)
+            await within(self.commit(), LAST_COMMIT_SECONDS)
         except TimeoutError:
             self.log.warning(
                 "Last commit of group %s not answered within %.0f s: what is not committed comes again",

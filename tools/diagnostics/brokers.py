@@ -13,6 +13,7 @@ from typing import Any
 
 from aiokafka.client import AIOKafkaClient
 
+from streams.resilience.bounds import within
 from streams.resilience.cluster import Broker, connects
 from tools.diagnostics.findings import Finding, Level
 
@@ -52,7 +53,7 @@ async def contact(server: str, connection: dict[str, Any]) -> Contact:
     async def step(name: str, work: Any) -> bool:
         begun = time.monotonic()
         try:
-            problem = await asyncio.wait_for(work, STEP_SECONDS)
+            problem = await within(work, STEP_SECONDS)
         except TimeoutError:
             problem = f"no answer within {STEP_SECONDS:g} s"
         except Exception as exc:
@@ -80,7 +81,7 @@ async def contact(server: str, connection: dict[str, Any]) -> Contact:
             found.advertised = [Broker(b.nodeId, b.host, b.port) for b in client.cluster.brokers()]
         finally:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(client.close(), 0.5)
+                await within(client.close(), 0.5)
         return ""
 
     if not await step("dns", resolve()) or not await step("tcp", connects(host, int(port), STEP_SECONDS)):

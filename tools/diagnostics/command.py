@@ -16,6 +16,7 @@ import aiokafka
 from aiokafka.errors import KafkaError
 
 from settings import environment
+from streams.resilience.bounds import within
 from streams.resilience.cluster import describe, open_admin
 from streams.resilience.consumer_options import brokers as split_servers
 from tools.diagnostics import brokers, cluster, groups, latency
@@ -80,7 +81,7 @@ async def _inside(
         bootstrap_servers=servers, request_timeout_ms=int(REQUEST_SECONDS * 1000), **connection
     )
     try:
-        info = await asyncio.wait_for(describe(admin), REQUEST_SECONDS)
+        info = await within(describe(admin), REQUEST_SECONDS)
         seen["cluster"] = info.as_dict()
         findings = cluster.check_topics(info, options.topic)
         bounds = await cluster.broker_bounds(admin, info.brokers[0].node_id) if info.brokers else {}
@@ -91,7 +92,7 @@ async def _inside(
             findings += groups.check(group, options.test_duration)
         try:
             async with latency.own_topic(admin) as topic:
-                seen["latency"] = await asyncio.wait_for(
+                seen["latency"] = await within(
                     latency.measure(servers, connection, topic, options.test_duration),
                     options.test_duration + 3 * REQUEST_SECONDS,
                 )

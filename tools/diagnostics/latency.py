@@ -13,6 +13,7 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
+from streams.resilience.bounds import within
 from tools.diagnostics.findings import Finding, Level
 
 PREFIX = "headrace-diagnostics-"
@@ -53,7 +54,7 @@ async def measure(servers: list[str], connection: dict[str, Any], topic: str, se
             at = time.monotonic()
             await producer.send_and_wait(topic, str(at).encode())
             acknowledged.append(time.monotonic() - at)
-            message = await asyncio.wait_for(consumer.getone(), 10)
+            message = await within(consumer.getone(), 10)
             delivered.append(time.monotonic() - float(message.value))
             await asyncio.sleep(0.05)
     finally:

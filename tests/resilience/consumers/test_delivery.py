@@ -43,6 +43,29 @@ async def test_false_five_times(broker: Any, consuming: Any) -> None:
     assert await broker.committed(group) == {(topic, 0): 2}
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_stop_right_behind_a_commit(broker: Any, consuming: Any, turns: int) -> None:
+    """It ends in whatever turn of the event loop it comes, and the commit has counted."""
+    topic, group = await broker.topic(), broker.group()
+    await broker.send(topic, ["a"])
+    consumer = consuming(topic, lambda _: True, group)
+    await eventually(lambda: consumer._session, "a session")
+    client = consumer._session.consumer
+    commit = client.commit
+    stopping: list[asyncio.Task[None]] = []
+
+    async def commit_and_stop(offsets: Any) -> None:
+        await commit(offsets)
+        if not stopping:
+            stopping.append(asyncio.create_task(consumer.stop()))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+    client.commit = commit_and_stop
+    await eventually(lambda: stopping and stopping[0].done(), "the end")
+    assert await broker.committed(group) == {(topic, 0): 1}
+
+
 async def test_a_log_that_ends_with_a_marker(broker: Any, consuming: Any) -> None:
     """Messages written in transactions: what is committed in the end is the end of the log, markers included."""
     topic, group = await broker.topic(), broker.group()
