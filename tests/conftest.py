@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from tools.stack import Stack
+from tools.stack.kafka import Kafka
+
+Kafka.brief = True
 
 
 @pytest.fixture(scope="session", autouse=True)

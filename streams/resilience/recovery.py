@@ -95,6 +95,11 @@ class Recovery(FaustRecovery):
 class TableManager(FaustTableManager):
     """Faust's table manager with a recovery that lasts."""
 
+    async def on_start(self) -> None:
+        """Begin at once: tables are declared when modules are imported, none comes in the second that Faust waits."""
+        await self._update_channels()
+        await self.recovery.start()
+
     @property
     def recovery(self) -> Recovery:
         """Recovery service used by this table manager."""

@@ -40,7 +40,7 @@ async def receiver() -> AsyncIterator[Receiver]:
     made = Receiver()
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", made.handle)
-    runner = web.AppRunner(application, shutdown_timeout=0)
+    runner = web.AppRunner(application, shutdown_timeout=0.01)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

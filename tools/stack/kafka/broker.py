@@ -19,6 +19,7 @@ from tools.stack.errors import StackError
 from tools.stack.part import NotReadyError, Part
 
 _HERE = Path(__file__).parent
+_QUICK_COMPILER = "-XX:TieredStopAtLevel=1"
 
 # One node holds every internal topic. Few partitions of them: each costs a folder and some start-up time.
 # message.max.bytes: MAX_MESSAGE_BYTES is 1 MiB, hexadecimal doubles it, JSON and headers come on top.
@@ -66,6 +67,9 @@ class Kafka(Part):
     variable: ClassVar[str] = "KAFKA_BOOTSTRAP_SERVERS"
     #: Where the broker writes the classes that it has loaded, at its orderly end, for those that start later.
     write_classes_to: ClassVar[Path | None] = None
+    #: For brokers that live for minutes, as those of tests: Java's quick compiler alone, which takes somewhat more than
+    #: half of the CPU for the start and the first minute. In the long run it is the slower one.
+    brief: ClassVar[bool] = False
 
     def prepare(self) -> None:
         """Format the log folder the first time, under its name only when it is complete; write server.properties."""
@@ -73,7 +77,7 @@ class Kafka(Part):
             draft = self.fresh_draft()
             self._write_properties(draft)
             self.run(
-                *self._java("-Xmx128m", "-XX:TieredStopAtLevel=1"),
+                *self._java("-Xmx128m", _QUICK_COMPILER),
                 "kafka.tools.StorageTool",
                 "format",
                 "-t",
@@ -87,7 +91,12 @@ class Kafka(Part):
     def command(self) -> Sequence[str | Path]:
         """Return the broker's command: a small heap, and the collector that leaves the cores to the work."""
         write = [f"-XX:ArchiveClassesAtExit={self.write_classes_to}"] if self.write_classes_to else []
-        return [*self._java("-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", *write), "kafka.Kafka", self._properties]
+        compiler = [_QUICK_COMPILER] if self.brief else []
+        return [
+            *self._java("-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", *compiler, *write),
+            "kafka.Kafka",
+            self._properties,
+        ]
 
     def probe(self) -> None:
         """Ask for the cluster's metadata: our cluster, and its broker registered."""
