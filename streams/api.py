@@ -270,6 +270,8 @@ async def release_guard(request: web.Request) -> web.Response:
         raise Refusal(f"stage {wanted!r} does not run in this worker", status=404)
     was = found[0].guard.tripped
     found[0].guard.release()
+    if was is not None:
+        found[0].on_guard()
     return answer({"stage": wanted, "was": was})
 
 

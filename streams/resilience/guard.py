@@ -2,15 +2,16 @@
 
 When most of a window of at least ``messages`` messages from at least ``devices`` devices would be dead letters, and
 most of the devices are concerned, the stage stops taking: what would be the next dead letter is held instead, tried
-again with backoff, and nothing behind it on its partition is read. It goes on by itself once one of these probes
-succeeds, or when an operator says so. One noisy device, however loud, trips nothing.
+again with backoff, and nothing behind it on its partition is read. It goes on by itself once one of those that it holds
+is handled (a probe), or when an operator says so; that other messages of a bad fleet are good proves nothing. One noisy
+device, however loud, trips nothing.
 
 Pure: the stage tells it what became of messages. A window opens with a dead letter and costs nothing before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -25,6 +26,8 @@ class Guard:
     #: why the stage has stopped taking, None while it has not
     tripped: str | None = None
     trips: int = 0
+    #: the messages that are tried again while it has
+    held: set[Hashable] = field(default_factory=set)
     _total: int = 0
     _dead: int = 0
     _keys: set[bytes | None] = field(default_factory=set)
@@ -35,11 +38,12 @@ class Guard:
         """Tell whether messages that passed have to be told: a window is open, or the stage has stopped."""
         return self._total > 0 or self.tripped is not None
 
-    def allows(self, key: bytes | None, why: str) -> bool:
-        """Tell whether a message of device ``key`` may become a dead letter; False: hold it."""
+    def allows(self, key: bytes | None, why: str, message: Hashable) -> bool:
+        """Tell whether ``message``, of device ``key``, may become a dead letter; False: hold it, it is a probe now."""
         if not self.enabled:
             return True
         if self.tripped is not None:
+            self.held.add(message)
             return False
         self._dead += 1
         self._dead_keys.add(key)
@@ -51,26 +55,41 @@ class Guard:
             )
             self.trips += 1
             self._open()
+            self.held.add(message)
             return False
         if self._total >= self.messages and not self._undecided():
             self._open()
         return True
 
-    def passed(self, keys: Iterable[bytes | None]) -> bool:
-        """Tell that messages of these devices were handled; returns True when that ends a stop."""
-        told = tuple(keys)
-        if not told:
-            return False
+    def passed(self, keys: Iterable[bytes | None], messages: Iterable[Hashable]) -> bool:
+        """Tell that ``messages``, of these devices, were handled; returns True when that ends a stop."""
         if self.tripped is not None:
+            if self.held.isdisjoint(messages):
+                return False
             self.release()
             return True
-        if self._total:
+        told = tuple(keys)
+        if self._total and told:
             self._count(len(told), told)
         return False
+
+    def forget(self, gone: Callable[[Hashable], bool]) -> bool:
+        """Tell that some messages are no longer this stage's; returns True when that ends a stop, for want of probes.
+
+        Where they are now, another guard counts them.
+        """
+        if self.tripped is None:
+            return False
+        self.held = {message for message in self.held if not gone(message)}
+        if self.held:
+            return False
+        self.release()
+        return True
 
     def release(self) -> None:
         """Go on, with a new window: a probe has succeeded, or an operator says so."""
         self.tripped = None
+        self.held.clear()
         self._open()
 
     def _count(self, number: int, keys: Iterable[bytes | None]) -> None:

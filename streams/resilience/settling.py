@@ -111,7 +111,7 @@ class Settling:
         if (
             self.app.guard.watching
             and not isinstance(event.value, Chunk)
-            and self.app.guard.passed((event.message.key,))
+            and self.app.guard.passed((event.message.key,), ((event.message.tp, event.first_offset),))
         ):
             self.app.on_guard()
         if self.redelivery:
@@ -174,7 +174,7 @@ class Settling:
             guilty = renewed[-1]
             count, first = self._count_attempt(guilty.message.tp, guilty.first_offset)
             final = kind in _LETTER_KINDS or count >= self.app.resilience.max_attempts
-            if final and self.app.guard.allows(guilty.message.key, str(exc)):
+            if final and self._may_bury(guilty.message.key, exc, (guilty.message.tp, guilty.first_offset)):
                 self._hold(renewed[:-1], 0.0)
                 guilty.stream = self
                 self._bury(guilty, exc, _LETTER_KINDS.get(kind, "exhausted"), count, first)
@@ -215,6 +215,13 @@ class Settling:
         event.message.incref(len(parts) - 1)
         return parts
 
+    def _may_bury(self, key: bytes | None, exc: BaseException, message: tuple[TP, int]) -> bool:
+        """Ask the guard whether a message may become a dead letter; tell of a stop."""
+        allowed: bool = self.app.guard.allows(key, str(exc), message)
+        if not allowed:
+            self.app.on_guard()
+        return allowed
+
     def _count_attempt(self, tp: TP, offset: int) -> tuple[int, datetime]:
         count, first = self._attempts.get((tp, offset), (0, datetime.now(UTC)))
         self._attempts[(tp, offset)] = (count + 1, first)
@@ -244,8 +251,7 @@ class Settling:
         count, first = self._count_attempt(delivery.tp, record.offset)
         if kind is FailureClass.UNCLASSIFIED and count < self.app.resilience.max_attempts:
             return None
-        if not isinstance(exc, SetAside) and not self.app.guard.allows(record.key, str(exc)):
-            self.app.on_guard()
+        if not isinstance(exc, SetAside) and not self._may_bury(record.key, exc, (delivery.tp, record.offset)):
             return None
         name = _LETTER_KINDS.get(kind, "exhausted")
         delivery.note_dead(record.offset, name)
@@ -279,7 +285,7 @@ class Settling:
         """
         event, delivery = chunk.event, chunk.delivery
         if self.app.guard.watching:
-            self._tell_guard(chunk, letters, rest)
+            self._tell_guard(chunk, rest)
         if delivery is None:
             await self.app.capture(outgoing + letters)
             chunk.pending = rest
@@ -304,13 +310,13 @@ class Settling:
             self._hold([self._renew(event)], self._delay(failure, kind))
         return not event.void
 
-    def _tell_guard(self, chunk: Chunk, letters: list[Outgoing], rest: list[int]) -> None:
-        held = set(rest)
-        keys = [chunk.records[number].key for number in chunk.pending if number not in held]
-        for letter in letters:
-            if letter[1] in keys:
-                keys.remove(letter[1])
-        if self.app.guard.passed(keys):
+    def _tell_guard(self, chunk: Chunk, rest: list[int]) -> None:
+        held, delivery = set(rest), chunk.delivery
+        dead = (delivery.dead if delivery is not None else None) or {}
+        handled = [chunk.records[number] for number in chunk.pending if number not in held]
+        handled = [record for record in handled if record.offset not in dead]
+        messages = [] if delivery is None else [(delivery.tp, record.offset) for record in handled]
+        if self.app.guard.passed([record.key for record in handled], messages):
             self.app.on_guard()
 
     # -- dead letters and revocation --------------------------------------------------------------------------------
@@ -335,6 +341,8 @@ class Settling:
         self.redelivery.forget(tps)
         for key in [key for key in self._attempts if key[0] in tps]:
             del self._attempts[key]
+        if self.app.guard.forget(lambda message: message[0] in tps):
+            self.app.on_guard()
         self.wake()
 
 

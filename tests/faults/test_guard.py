@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -20,16 +21,26 @@ _WINDOW = 200
 
 
 def test_a_storm_of_poison_stops_the_stage(breakable: Stack, tmp_path: Path) -> None:
-    """All that twenty devices send is unreadable: the stage stops, says so, and goes on when told; one letter each."""
-    storm = [
-        (f"dev-{number % 20}".encode(), raw_message(f"dev-{number % 20}", number, "{"))
-        for number in range(_WINDOW + _WINDOW // 2)
+    """Three quarters of what twenty devices send is unreadable: the stage stops, says so in health, log and metrics,
+    is not freed by those that are well, and goes on when told; one letter each.
+    """
+    count = _WINDOW + _WINDOW // 2
+    values = [
+        (
+            f"dev-{number % 20}".encode(),
+            raw_message(f"dev-{number % 20}", number, "{" if number % 4 else '{"ts": 1700000000, "t": 1}'),
+        )
+        for number in range(count)
     ]
+    storm = [value for number, (_, value) in enumerate(values) if number % 4]
     with realm(breakable, tmp_path, STAGES="normalizer", DLQ_GUARD_MESSAGES=str(_WINDOW)) as own:
         worker = own.worker().start()
-        write(own, "iot_raw_data", storm)
+        write(own, "iot_raw_data", values)
         wait_for("the guard", lambda: worker.metric("headrace_guard_tripped", stage="normalizer"))
-        assert len(read(own, "iot_errors")) < len(storm)
+        time.sleep(3)
+        assert worker.metric("headrace_guard_tripped", stage="normalizer"), "the good ones have freed it"
+        assert len(read(own, "iot_errors")) < _WINDOW
+        assert "Stage normalizer has stopped taking" in worker.output()
         wait_for("health says so", lambda: "normalizer.guard" in worker.failing())
         assert worker.get("/health/live")[0] == 200
         request = urllib.request.Request(f"{worker.url}/api/v1/guard/normalizer/release", method="POST")  # noqa: S310
@@ -37,7 +48,8 @@ def test_a_storm_of_poison_stops_the_stage(breakable: Stack, tmp_path: Path) -> 
             assert answer.status == 200
         wait_for("the rest", lambda: len(read(own, "iot_errors")) >= len(storm))
         worker.wait(lambda: worker.metric("headrace_in_flight") == 0, "idle")
-        assert Counter(letter.value for letter in read(own, "iot_errors")) == Counter(value for _, value in storm)
+        assert Counter(letter.value for letter in read(own, "iot_errors")) == Counter(storm)
+        assert len(read(own, "iot_validated_data")) == count - len(storm)
         worker.wait_ready()
 
 
