@@ -99,13 +99,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="mutations; all without")
     parser.add_argument("--rows", nargs="*", type=int, help="rows of the catalogue")
     parser.add_argument("--units", action="store_true", help="only those that need no processes of their own")
+    parser.add_argument("--no-control", action="store_true", help="do not run the tests without mutations first")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - {mutation.name for mutation in MUTATIONS}:
         parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
     mutations = chosen(options)
     wrong = 0
     with copied() as folder:
-        for test in dict.fromkeys(test for mutation in mutations for test in mutation.tests):
+        controls = () if options.no_control else [test for mutation in mutations for test in mutation.tests]
+        for test in dict.fromkeys(controls):
             begun = time.monotonic()
             code, failed, tail = run(folder, test)
             print(f"control  {time.monotonic() - begun:5.0f} s  {test}: {'passes' if not code else failed}", flush=True)
