@@ -18,6 +18,10 @@ class DecodeError(ValueError):
     """The bytes are not a message of this family, or break its rules. Trying again cannot help."""
 
 
+class DriverOutOfMemory(Exception):
+    """A driver has found no memory for a message: the next attempt may, or it is the message that wants too much."""
+
+
 class AnotherDevice(DecodeError):
     """The message claims another device than its topic or path: it is refused, and read as neither's."""
 

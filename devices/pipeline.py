@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from devices.driver import Feedback
-from devices.model import AnotherDevice, DecodeError, Reading, Uplink
+from devices.model import AnotherDevice, DecodeError, DriverOutOfMemory, Reading, Uplink
 from devices.profiles import Profile
 from devices.registry import Registry
 from devices.timing import DriverAside
@@ -93,8 +93,11 @@ def read(
         raise Refused("another_device", str(exc)) from exc
     except DriverAside as exc:
         raise Refused("driver_aside", str(exc)) from exc
-    except (DecodeError, MemoryError):
+    except DecodeError:
         raise
+    except MemoryError:
+        # Without its cause: a lack of memory in general is waited out, whereas this is given up after some attempts.
+        raise DriverOutOfMemory(f"driver {driver.name} found no memory for this message") from None
     except Exception as exc:
         raise DecodeError(f"driver {driver.name} failed on this message: {type(exc).__name__}: {exc}") from exc
     checked = validate(readings, profile, uplink.received_at, max_ahead)

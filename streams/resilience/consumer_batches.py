@@ -17,9 +17,16 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from streams.resilience.consumer_options import NotDone, Undecodable
-from streams.resilience.consumer_work import Item, Partition, Work, delay_of, inside_handler, log
-from streams.resilience.failures import FailureClass, Retryable, classify
+from streams.resilience.consumer_options import NotDone, Undecodable, inside_handler
+from streams.resilience.consumer_work import (
+    Item,
+    Partition,
+    Work,
+    cancelled_within,
+    delay_of,
+    log,
+)
+from streams.resilience.failures import FailureClass, classify
 
 #: Key and value of a record before they were decoded.
 Original = tuple[Any, Any]
@@ -204,16 +211,13 @@ class Batches:
 
     async def _call(self, batch: dict[BatchPartition, list[Item]]) -> Any:
         given = {part.tp: [record for record, _ in items] for part, items in batch.items()}
-        if self.work.is_async:
-            try:
+        try:
+            if self.work.is_async:
                 return await self.work.handler(given)
-            except asyncio.CancelledError as exc:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                raise Retryable(f"something within the handler was cancelled: {exc!r}") from exc
-        result = await self.work.in_thread(list(batch), lambda: self.work.handler(given))
-        return await result if inspect.isawaitable(result) else result
+            result = await self.work.in_thread(list(batch), lambda: self.work.handler(given))
+            return await result if inspect.isawaitable(result) else result
+        except asyncio.CancelledError as exc:
+            raise cancelled_within(exc) from exc
 
     @staticmethod
     def _restore(batch: dict[BatchPartition, list[Item]], originals: dict[BatchPartition, list[Original]]) -> None:

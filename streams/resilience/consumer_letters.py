@@ -18,39 +18,49 @@ import aiokafka
 from aiokafka.errors import MessageSizeTooLargeError, RecordTooLargeError
 
 from streams.resilience.bounds import within
-from streams.resilience.consumer_options import ConsumerOptions
+from streams.resilience.consumer_options import ConsumerOptions, inside_handler
 from streams.resilience.deadletter import Failure, Headers, headers_of, truncated
 
 log = logging.getLogger("streams.resilience.consumers")
 
 CLOSE_SECONDS = 5.0
+#: How long a callback of the caller's is waited for.
+CALLBACK_SECONDS = 60.0
 
 
 class Letters:
     """Writes the dead letters of one consumer; its producer is made when the first one is needed."""
 
-    def __init__(self, options: ConsumerOptions) -> None:
+    def __init__(self, options: ConsumerOptions, owner: object = None) -> None:
         self.options = options
+        self.owner = owner
         self.topic = options.dead_letter_topic
         self._producer: aiokafka.AIOKafkaProducer | None = None
         self._lock = asyncio.Lock()
         self.written = 0
 
     async def tell(self, exc: BaseException, record: Any) -> None:
-        """Tell ``on_error_callback``; whatever it raises or returns changes nothing."""
-        callback = self.options.on_error_callback
-        if callback is None:
+        """Tell ``on_error_callback``, within a bound; whatever it raises or returns changes nothing."""
+        if self.options.on_error_callback is None:
             return
         try:
-            if inspect.iscoroutinefunction(callback):
-                await callback(exc, record)
-            else:
-                # In a thread: a callback that blocks must not cost the group membership.
-                result = await asyncio.to_thread(callback, exc, record)
-                if inspect.isawaitable(result):
-                    await result
+            await within(self._tell(exc, record), CALLBACK_SECONDS)
+        except TimeoutError as late:
+            log.warning("on_error_callback of group %s is not waited for any longer: %s", self.options.group_id, late)
         except Exception:
             log.exception("on_error_callback of group %s raised; it decides nothing", self.options.group_id)
+
+    async def _tell(self, exc: BaseException, record: Any) -> None:
+        # It may stop its own consumer, which must not wait for it.
+        inside_handler.set(self.owner)
+        callback: Any = self.options.on_error_callback
+        if inspect.iscoroutinefunction(callback):
+            await callback(exc, record)
+        else:
+            # In a thread: a callback that blocks must not cost the group membership.
+            result = await asyncio.to_thread(callback, exc, record)
+            if inspect.isawaitable(result):
+                await result
 
     async def bury(self, record: Any, failure: Failure, *, wanted: Callable[[], bool]) -> bool:
         """Write ``record`` (its original bytes) to the dead letters; False when it is no longer ``wanted``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,11 @@ class ConsumerOptions:
                 f"({type(exc).__name__}: {exc})"
             ) from exc
         record.value = value
+
+
+#: Set within what runs code of the caller's, a handler or a callback: it may stop its own consumer, which must not wait
+#: for it then.
+inside_handler: contextvars.ContextVar[object] = contextvars.ContextVar("inside_handler", default=None)
 
 
 def brokers(bootstrap_servers: str | Sequence[str]) -> list[str]:

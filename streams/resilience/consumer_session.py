@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import aiokafka
@@ -19,10 +19,12 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
 
 from streams.resilience.bounds import end, within
+from streams.resilience.clients import NO_POSITION, close_consumer, without_position
 from streams.resilience.commits import Ledgers
 from streams.resilience.consumer_batches import Batches, BatchPartition
 from streams.resilience.consumer_options import ConsumerOptions
 from streams.resilience.consumer_work import Partition, Work
+from streams.resilience.failures import FailureClass, classify
 from streams.resilience.judgement import (
     Remedy,
     Verdict,
@@ -73,7 +75,9 @@ class Session(ConsumerRebalanceListener):
 
     async def open(self) -> None:
         """Connect and subscribe; raises what aiokafka raises, TimeoutError after ``connect_seconds``."""
-        self.consumer = consumer = aiokafka.AIOKafkaConsumer(**self.options.config)
+        # What a log does not have is said and decided here, never passed over in silence.
+        config = {**self.options.config, "auto_offset_reset": "none"}
+        self.consumer = consumer = aiokafka.AIOKafkaConsumer(**config)
         try:
             await within(consumer.start(), self.options.connect_seconds)
             if self.options.pattern is not None:
@@ -81,7 +85,7 @@ class Session(ConsumerRebalanceListener):
             else:
                 consumer.subscribe(topics=list(self.options.topics), listener=self)
         except BaseException:
-            await _quietly(within(consumer.stop(), CLOSE_SECONDS))
+            await close_consumer(consumer, CLOSE_SECONDS)
             raise
 
     async def run(self, stop: asyncio.Event) -> str | None:
@@ -109,8 +113,10 @@ class Session(ConsumerRebalanceListener):
             return f"{type(problem).__name__}: {problem}"
         finally:
             self.running = False
-            await end(*tasks, waiter)
-            await self.close()
+            try:
+                await end(*tasks, waiter)
+            finally:
+                await self.close()
 
     def refuse(self) -> None:
         """Begin nothing more; may be called from any thread, where ``halt`` follows in the loop."""
@@ -133,7 +139,7 @@ class Session(ConsumerRebalanceListener):
         """Drain, commit and leave the group, each within a bound."""
         await self._give_up(list(self.parts))
         if self.consumer is not None:
-            await _quietly(within(self.consumer.stop(), CLOSE_SECONDS))
+            await close_consumer(self.consumer, CLOSE_SECONDS)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -141,6 +147,7 @@ class Session(ConsumerRebalanceListener):
         consumer = self.consumer
         assert consumer is not None
         backoff = self.options.retry_backoff()
+        missing: BaseException | None = None
         while True:
             assigned = consumer.assignment() if self.settled else frozenset()
             readable = self.ledgers.with_room(assigned)
@@ -150,6 +157,9 @@ class Session(ConsumerRebalanceListener):
                 continue
             crowded = len(readable) < len(assigned)
             try:
+                if missing is not None:
+                    await self._find_positions(consumer, missing)
+                    missing = None
                 records = await consumer.getmany(
                     *readable, timeout_ms=FETCH_WAIT_CROWDED_MS if crowded else FETCH_WAIT_MS
                 )
@@ -157,6 +167,12 @@ class Session(ConsumerRebalanceListener):
                 await self.work.letters.tell(exc, None)
                 self.end("the consumer is closed")
                 return
+            except NO_POSITION as exc:
+                missing = exc
+                if self.options.config["auto_offset_reset"] not in ("earliest", "latest"):
+                    self.work.die(exc)
+                    return
+                continue
             except (KafkaError, OSError, TimeoutError) as exc:
                 self.fetch_failures += 1
                 delay = backoff.next()
@@ -179,6 +195,44 @@ class Session(ConsumerRebalanceListener):
                 self._pass_gaps(consumer)
             # With everything in the buffer getmany never waits; handlers and heartbeats get their turn here.
             await asyncio.sleep(0)
+
+    async def _find_positions(self, consumer: Any, missing: BaseException) -> None:
+        """Go on where a log does not have the offset that is to be read next, as ``auto_offset_reset`` says.
+
+        Records that are gone are told of, in the log and to ``on_error_callback``. Where nothing was committed yet and
+        the end is where to begin, that end is what is committed: a restart would otherwise begin at a later one.
+        """
+        policy, bound = self.options.config["auto_offset_reset"], self.options.resilience.commit_timeout_seconds
+        for tp, offset in without_position(missing).items():
+            if tp not in consumer.assignment():
+                continue
+            first = (await within(consumer.beginning_offsets([tp]), bound))[tp]
+            last = (await within(consumer.end_offsets([tp]), bound))[tp]
+            wanted = last if policy == "latest" else first
+            if offset is None:
+                ledger = self.ledgers.open(tp)
+                if policy == "latest" and ledger.read_to is None:
+                    ledger.read_to = ledger.mark = wanted
+            elif not first <= offset <= last:
+                log.error(
+                    "%s[%d] in group %s: offset %d, the next to be read, is out of range (%d … %d): %s; "
+                    "auto_offset_reset=%s",
+                    tp.topic,
+                    tp.partition,
+                    self.options.group_id,
+                    offset,
+                    first,
+                    last,
+                    f"{first - offset} record(s) are gone" if offset < first else "its log began anew",
+                    policy,
+                )
+                if offset > last:
+                    part = self.parts.pop(tp, None)
+                    if part is not None:
+                        part.end()
+                    self.work.accounts.give_back(self.ledgers.close([tp]))
+                await self.work.letters.tell(missing, None)
+            consumer.seek(tp, offset if offset is not None and first <= offset <= last else wanted)
 
     def _pass_gaps(self, consumer: Any) -> None:
         """Pass over what has no record behind what was delivered: markers of transactions, what compaction has left."""
@@ -356,9 +410,10 @@ class Session(ConsumerRebalanceListener):
                 log.warning("Consumer of group %s is not well: %s", self.options.group_id, verdict.reason)
 
     async def _guard(self) -> None:
-        """Tell aiokafka that this consumer is alive although nothing is fetched just now.
+        """Tell aiokafka that this consumer is alive although nothing is fetched just now, and hear what its group says.
 
-        Its ``max_poll_interval_ms`` takes a consumer without room, or without partitions, for dead.
+        Its ``max_poll_interval_ms`` takes a consumer without room, or without partitions, for dead. An error that it
+        does not retry by itself (a group that is not allowed) stops its coordination until somebody asks for it.
         """
         consumer = self.consumer
         assert consumer is not None
@@ -366,13 +421,16 @@ class Session(ConsumerRebalanceListener):
             await asyncio.sleep(IDLE_GUARD_SECONDS)
             with consumer._subscription.fetch_context():
                 pass
+            try:
+                if consumer._coordinator is not None:
+                    consumer._coordinator.check_errors()
+            except Exception as exc:
+                log.warning("Group %s: %s: %s", self.options.group_id, type(exc).__name__, exc)
+                await self.work.letters.tell(exc, None)
+                if classify(exc) is FailureClass.FATAL:
+                    self.work.die(exc)
 
 
 def _size_of(record: Any) -> int:
     # 500 bytes stand for aiokafka's record object and the objects around key and value (tracemalloc, CPython 3.11)
     return int(record.serialized_key_size) + int(record.serialized_value_size) + 500
-
-
-async def _quietly(awaitable: Awaitable[Any]) -> None:
-    with contextlib.suppress(Exception):
-        await awaitable

@@ -12,7 +12,7 @@ import asyncio
 import concurrent.futures
 import threading
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import aiokafka
@@ -24,9 +24,9 @@ from faust.types import TP
 from mode import Service
 
 from streams.resilience.bounds import END_SECONDS, within
+from streams.resilience.clients import NO_POSITION, close_consumer, without_position
 from streams.resilience.judgement import position_of
 from streams.resilience.options import ResilienceOptions
-from streams.resilience.producer import _quietly
 
 T = TypeVar("T")
 Records = Mapping[TP, list[Any]]
@@ -47,6 +47,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     swapping = False
     last_failure: str | None = None
+    #: attempts that the present consumer took to connect
+    attempts = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,6 +59,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         #: transactions, what compaction has left
         self.gaps: dict[TP, tuple[int, int, int]] = {}
         self._fetched_lock = threading.Lock()
+        #: partitions that cannot be read on: the offset that their log does not have, None where none is known
+        self.without_position: dict[TP, int | None] = {}
 
     @property
     def options(self) -> ResilienceOptions:
@@ -71,12 +75,14 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def _connect(self) -> aiokafka.AIOKafkaConsumer | None:
         backoff = self.options.infrastructure_backoff()
+        self.attempts = 0
         while not self.should_stop:
+            self.attempts += 1
             consumer = self._create_consumer(loop=self.thread_loop)
             try:
                 await consumer.start()
             except (KafkaError, OSError, TimeoutError) as exc:
-                await _quietly(consumer.stop())
+                await close_consumer(consumer, CLOSE_SECONDS)
                 delay = backoff.next()
                 self.last_failure = f"{type(exc).__name__}: {exc}"
                 self.log.warning(
@@ -110,7 +116,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             "bootstrap_servers": driver.server_list(transport.url, transport.default_port),
             "partition_assignment_strategy": [self._assignor],
             "enable_auto_commit": False,
-            "auto_offset_reset": conf.consumer_auto_offset_reset,
+            # What the log does not have is said and decided here, never passed over in silence.
+            "auto_offset_reset": "none",
             "max_poll_records": None,
             "max_poll_interval_ms": int(conf.broker_max_poll_interval * 1000),
             "max_partition_fetch_bytes": conf.consumer_max_fetch_size,
@@ -122,17 +129,29 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             "metadata_max_age_ms": conf.consumer_metadata_max_age_ms,
             "connections_max_idle_ms": conf.consumer_connections_max_idle_ms,
         }
-        return aiokafka.AIOKafkaConsumer(**{**arguments, **self.options.client, **self.options.consumer})
+        given = {**arguments, **self.options.client, **self.options.consumer, "auto_offset_reset": "none"}
+        return aiokafka.AIOKafkaConsumer(**given)
 
     @Service.task
     async def _idle_guard(self) -> None:
-        """Tell aiokafka that this consumer is alive although nothing is fetched just now."""
+        """Tell aiokafka that this consumer is alive although nothing is fetched just now, and hear what its group says.
+
+        An error that it does not retry by itself (a group that is not allowed, an instance id that is fenced) stops its
+        coordination until somebody asks for it.
+        """
         while not self.should_stop:
             await self._pause(IDLE_GUARD_SECONDS)
             consumer = self._consumer
-            if consumer is not None:
-                with consumer._subscription.fetch_context():
-                    pass
+            if consumer is None:
+                continue
+            with consumer._subscription.fetch_context():
+                pass
+            try:
+                if consumer._coordinator is not None:
+                    consumer._coordinator.check_errors()
+            except Exception as exc:
+                self.last_failure = f"{type(exc).__name__}: {exc}"
+                self.log.warning("Group %s: %s", self.app.conf.id, self.last_failure)
 
     async def call(self, coroutine: Coroutine[Any, Any, T], bound_seconds: float) -> T:
         """Run ``coroutine`` in the thread's loop; raises TimeoutError after ``bound_seconds``."""
@@ -172,7 +191,12 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def _take(self, fetcher: Any, partitions: set[TP], timeout: float, bound: int) -> int:
         before = {tp: position_of(fetcher, tp) for tp in partitions}
-        records: Records = await fetcher.fetched_records(partitions, timeout=timeout, max_records=bound)
+        try:
+            records: Records = await fetcher.fetched_records(partitions, timeout=timeout, max_records=bound)
+        except NO_POSITION as exc:
+            for tp, offset in without_position(exc).items():
+                self.without_position[TP(tp.topic, tp.partition)] = offset
+            return 0
         generation = self.app.consumer_generation_id
         # aiokafka's position is past these records now. They are handed over here and not as a result, because nobody
         # hears a result that comes after the call has timed out.
@@ -221,8 +245,18 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         found = await self.call(consumer.end_offsets(list(map(driver.ensure_aiokafka_TP, tps))), bound_seconds)
         return {TP(tp.topic, tp.partition): offset for tp, offset in found.items()}
 
+    async def ranges(self, tps: list[TP], bound_seconds: float) -> dict[TP, tuple[int, int]]:
+        """Ask for the first offset and the end of logs; nothing while there is no consumer to ask with."""
+        consumer = self._consumer
+        if consumer is None or self.swapping or not tps:
+            return {}
+        wanted = list(map(driver.ensure_aiokafka_TP, tps))
+        first = await self.call(consumer.beginning_offsets(wanted), bound_seconds)
+        ends = await self.call(consumer.end_offsets(wanted), bound_seconds)
+        return {TP(tp.topic, tp.partition): (first[tp], ends[tp]) for tp in wanted}
+
     async def seek_to_committed(self) -> Mapping[TP, Any]:
-        """Set the positions of all partitions but changelogs to what is committed, or to the beginning of the log.
+        """Set the positions of all partitions but changelogs to what is committed, or to where the app begins.
 
         aiokafka's own leaves a partition without a commit where it is, past what was read and never handled. Not
         through Faust's method queue: a call that hangs there stops others.
@@ -236,7 +270,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         found = await consumer._coordinator.fetch_committed_offsets(partitions)
         committed = {tp: found[tp].offset if tp in found and found[tp].offset >= 0 else None for tp in partitions}
         missing = [tp for tp, offset in committed.items() if offset is None]
-        first = await consumer.beginning_offsets(missing) if missing and self._from_beginning else {}
+        begin = consumer.beginning_offsets if self.from_beginning else consumer.end_offsets
+        first = await begin(missing) if missing else {}
         # One step, no await in it: what a fetch still brings of the old positions is given up together with them.
         with self._fetched_lock:
             for tp, offset in committed.items():
@@ -247,7 +282,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return {TP(tp.topic, tp.partition): offset for tp, offset in committed.items()}
 
     @property
-    def _from_beginning(self) -> bool:
+    def from_beginning(self) -> bool:
+        """Whether a partition that nothing was committed of is read from its beginning, and not from its end."""
         return bool(self.app.conf.consumer_auto_offset_reset == "earliest")
 
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> bool:
@@ -281,6 +317,15 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             return True
         return False
 
+    async def subscribe(self, topics: Any) -> None:
+        """Subscribe, as Faust does whenever its topics change."""
+        await super().subscribe(topics)
+        if topics:
+            self._tell_created(topics)
+
+    def _tell_created(self, topics: Iterable[str]) -> None:
+        self.log.info("AsyncResilientKafkaConsumer successfully created for topic '%s'", ",".join(sorted(topics)))
+
     async def swap(self) -> None:
         """Close the consumer and subscribe a new one to the same topics. The caller has stopped the flow."""
         self.swapping = True
@@ -293,18 +338,20 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         old = self._consumer
         topics: set[str] = set(old.subscription()) if old is not None else set()
         if old is not None:
-            await _quietly(within(old.stop(), CLOSE_SECONDS))
+            await close_consumer(old, CLOSE_SECONDS)
         new = await self._connect()
         if new is None:
             return
         self._fetched.clear()
+        self.without_position.clear()
         self._consumer = new
         if topics:
             new.subscribe(topics=topics, listener=self._rebalance_listener)
+            self._tell_created(topics)
 
     async def on_thread_stop(self) -> None:
         """Leave the group within a bound; a broker that is away must not hold up the end of the worker."""
         consumer, self._consumer = self._consumer, None
         await faust_consumer.ConsumerThread.on_thread_stop(self)
         if consumer is not None:
-            await _quietly(within(consumer.stop(), CLOSE_SECONDS))
+            await close_consumer(consumer, CLOSE_SECONDS)

@@ -25,7 +25,7 @@ from streams.resilience.accounts import Accounts
 from streams.resilience.backoff import Backoff
 from streams.resilience.commits import PartitionLedger, Span
 from streams.resilience.consumer_letters import Letters, failure
-from streams.resilience.consumer_options import ConsumerOptions, Handler, NotDone, Undecodable
+from streams.resilience.consumer_options import ConsumerOptions, Handler, NotDone, Undecodable, inside_handler
 from streams.resilience.failures import FailureClass, Retryable, classify
 
 log = logging.getLogger("streams.resilience.consumers")
@@ -34,9 +34,6 @@ log = logging.getLogger("streams.resilience.consumers")
 SLICE_SECONDS = 0.02
 
 Item = tuple[Any, Span]
-
-#: Set within the tasks that run handlers: a handler may stop its own consumer, which must not wait for the handler.
-inside_handler: contextvars.ContextVar[object] = contextvars.ContextVar("inside_handler", default=None)
 
 
 def is_async(handler: Handler) -> bool:
@@ -133,6 +130,14 @@ class Work:
         """Let the threads end when what they do is done."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def cancelled_within(exc: asyncio.CancelledError) -> Retryable:
+    """Return the failure that a cancellation within a handler is; raises ``exc`` where it is this very task's own."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise exc
+    return Retryable(f"something within the handler was cancelled: {exc!r}")
 
 
 class Partition:
@@ -259,10 +264,7 @@ class Lane:
                 done = is_done(await handler(record))
             except asyncio.CancelledError as exc:
                 record.key, record.value = key, value
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                return item, Retryable(f"something within the handler was cancelled: {exc!r}")
+                return item, cancelled_within(exc)
             except Exception as exc:
                 record.key, record.value = key, value
                 return item, exc
@@ -286,6 +288,8 @@ class Lane:
             try:
                 ok = is_done(await result)
                 problem: BaseException = NotDone("the handler returned False")
+            except asyncio.CancelledError as exc:
+                ok, problem = False, cancelled_within(exc)
             except Exception as exc:
                 ok, problem = False, exc
             if ok:
@@ -320,6 +324,10 @@ class Lane:
             except Exception as exc:
                 record.key, record.value = key, value
                 return (item, exc), None
+            except asyncio.CancelledError as exc:
+                # of a loop of the handler's own: this thread has no task that somebody could cancel
+                record.key, record.value = key, value
+                return (item, Retryable(f"something within the handler was cancelled: {exc!r}")), None
             if not ok:
                 record.key, record.value = key, value
                 return (item, NotDone("the handler returned False")), None

@@ -29,9 +29,10 @@ from streams.resilience.consumer_options import (
     KafkaUnavailable,
     Topic,
     consumer_options,
+    inside_handler,
 )
 from streams.resilience.consumer_session import Session
-from streams.resilience.consumer_work import Work, inside_handler
+from streams.resilience.consumer_work import Work
 from streams.resilience.failures import FailureClass, classify
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class AsyncResilientKafkaConsumer:
         if self._stopping:
             return
         self._stop, self._ended = asyncio.Event(), asyncio.Event()
-        letters = Letters(self.options)
+        letters = Letters(self.options, self)
         work = self._work = Work(self.options, handler, letters, self)
         try:
             await self._live(work, self._stop, commit=commit_offset, batches=batch_processing)
@@ -138,9 +139,11 @@ class AsyncResilientKafkaConsumer:
             self._session = None
             work.fatal.cancel()
             work.close()
-            await letters.close()
-            self._ended.set()
-            self._ended = None
+            try:
+                await letters.close()
+            finally:
+                self._ended.set()
+                self._ended = None
 
     async def _live(self, work: Work, stop: asyncio.Event, *, commit: bool, batches: bool) -> None:
         backoff = self.options.retry_backoff()

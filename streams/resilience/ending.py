@@ -1,9 +1,10 @@
-"""The end of a worker: in order at the first signal, at once at the second, and never later than its bound.
+"""The end of a worker: in order at the first signal, at once at the second, and never later than its bound, also after
+a failure that it cannot go on from.
 
 TERM, INT and HUP (a terminal that is closed; ``nohup`` keeps it away) end a worker in order: it reads no more, waits up
 to ``shutdown_seconds`` for what is in flight, commits, leaves its groups and exits with 0. A second signal ends it at
 once, and so does a bound that is over while something hangs: nothing is lost by that, what was not committed comes
-again. The exit code is then that of the signal (128 + its number).
+again. The exit code is then that of the signal (128 + its number), or 1 after a failure.
 """
 
 from __future__ import annotations
@@ -39,16 +40,25 @@ class Worker(faust.Worker):
 
     def _schedule_shutdown(self, signal: signal.Signals) -> None:
         if self._first is not None:
-            self.end_now(signal, f"{signal.name} after {self._first.name}")
+            self.end_now(128 + signal, f"{signal.name} after {self._first.name}")
             return
         self._first = signal
+        self._bound(128 + signal)
+        super()._schedule_shutdown(signal)
+
+    def stop_and_shutdown(self) -> None:
+        """Stop, within the same bound, and with exit code 1 then, where a failure and no signal has ended it."""
+        if self._first is None:
+            self._bound(1)
+        super().stop_and_shutdown()
+
+    def _bound(self, code: int) -> None:
         bound = self.shutdown_seconds + CLOSING_SECONDS
         why = f"the end has taken {bound:.0f} s (SHUTDOWN_SECONDS, and {CLOSING_SECONDS:.0f} to close)"
-        # a thread of its own, because the loop may be what hangs
-        timer = threading.Timer(bound, self.end_now, (signal, why))
+        # a thread of its own, because the loop may be what hangs, or a thread that the interpreter waits for
+        timer = threading.Timer(bound, self.end_now, (code, why))
         timer.daemon = True
         timer.start()
-        super()._schedule_shutdown(signal)
 
     @property
     def shutdown_seconds(self) -> float:
@@ -57,8 +67,8 @@ class Worker(faust.Worker):
         seconds: float = app.resilience.shutdown_seconds
         return seconds
 
-    def end_now(self, number: signal.Signals, why: str) -> None:
-        """End the process: nothing is waited for any more."""
+    def end_now(self, code: int, why: str) -> None:
+        """End the process with an exit code: nothing is waited for any more."""
         under_way = sorted({getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks(self.loop)})
         log.warning(
             "Ended at once: %s; what is not committed comes again. Under way: %s",
@@ -67,4 +77,4 @@ class Worker(faust.Worker):
         )
         for handler in logging.getLogger().handlers:
             handler.flush()
-        os._exit(128 + number)
+        os._exit(code)

@@ -151,7 +151,9 @@ def view_partition(
 
 def is_member(coordinator: Any, now: float, changed: dict[str, float]) -> bool:
     """Return whether the group counts us in; a moment without is normal (a coordinator moves, a session is renewed)."""
-    inside = coordinator is None or getattr(coordinator, "generation", 0) >= 0
+    task = getattr(coordinator, "_coordination_task", None)
+    ended = task is not None and task.done()
+    inside = coordinator is None or (getattr(coordinator, "generation", 0) >= 0 and not ended)
     if inside:
         changed.pop("outside", None)
         return True

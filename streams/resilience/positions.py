@@ -1,7 +1,9 @@
 """Where a consumer goes on, where the logs end, and how far it lags behind.
 
-Guarantees: it goes on at the committed offsets; where the log no longer has one, it does what ``OFFSET_OUT_OF_RANGE``
-says and tells of it, never silently; the end of a log is known also for a partition that is not read just now.
+Guarantees: it goes on at the committed offsets; where the log no longer has the offset that is to be read next, when a
+partition is assigned or while it is read (retention has overtaken it, the topic was made anew), it does what
+``OFFSET_OUT_OF_RANGE`` says and tells of it, never silently; the end of a log is known also for a partition that is not
+read just now.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ class Positions(driver.Consumer):
     _thread: ConsumerThread
     ledgers: Ledgers[TP]
     ends: dict[TP, int]
+    #: what this consumer has committed last of each partition that it has ever held
+    reached: dict[TP, int]
 
     @property
     def options(self) -> ResilienceOptions:
@@ -44,34 +48,53 @@ class Positions(driver.Consumer):
         silently.
         """
         await super().perform_seek()
-        committed = {
-            tp: offset
-            for tp, offset in self._committed_offset.items()
-            if offset is not None and self.app.topics.acks_enabled_for(tp.topic)
-        }
-        if not committed:
-            return
-        first = await self.earliest_offsets(*committed)
-        end = await self.highwaters(*committed)
-        for tp, offset in committed.items():
-            low, high = first.get(tp), end.get(tp)
-            if low is not None and high is not None and not low <= offset <= high:
-                await self._out_of_range(tp, offset, low, high)
+        held = {tp for tp in self.assignment() if self.app.topics.acks_enabled_for(tp.topic)}
+        committed = {tp: offset for tp, offset in self._committed_offset.items() if offset is not None and tp in held}
+        # A broker that has lost its data has lost what was committed, too.
+        forgotten = {tp: offset for tp, offset in self.reached.items() if tp in held and tp not in committed}
+        wanted = {**committed, **forgotten}
+        for tp, (first, end) in (await self._thread.ranges(list(wanted), self.options.commit_timeout_seconds)).items():
+            if tp in forgotten or not first <= wanted[tp] <= end:
+                self.reached.pop(tp, None)
+                await self._out_of_range(tp, wanted[tp], first, end)
 
-    async def _out_of_range(self, tp: TP, committed: int, first: int, end: int) -> None:
+    async def find_positions(self) -> None:
+        """Go on where a log does not have the offset that is to be read next.
+
+        A changelog whose beginning was cleaned begins later; a partition that nothing was committed of begins where the
+        app says; of any other, records are gone, and ``OFFSET_OUT_OF_RANGE`` decides.
+        """
+        missing, held = self._thread.without_position, self.assignment()
+        ranges = await self._thread.ranges([tp for tp in missing if tp in held], self.options.commit_timeout_seconds)
+        for tp, offset in list(missing.items()):
+            first, end = ranges.get(tp, (-1, -1))
+            if tp not in held or first < 0:
+                continue
+            if not self.app.topics.acks_enabled_for(tp.topic):
+                await self.seek(tp, first)
+            elif offset is None:
+                await self.seek(tp, first if self._thread.from_beginning else end)
+            elif first <= offset <= end:
+                await self.seek(tp, offset)
+            else:
+                await self._out_of_range(tp, offset, first, end)
+        missing.clear()
+
+    async def _out_of_range(self, tp: TP, offset: int, first: int, end: int) -> None:
         policy = self.options.offset_out_of_range
         self.accounts.offset_resets += 1
-        lost = (
-            f"{first - committed} record(s) before offset {first} are gone"
-            if committed < first
-            else "its log began anew"
-        )
+        if offset < first:
+            lost = f"{first - offset} record(s) before offset {first} are gone"
+        elif offset > end:
+            lost = "its log began anew"
+        else:
+            lost = "the group has forgotten it"
         self.log.error(
-            "%s[%d] in group %s: committed offset %d is out of range (%d … %d): %s; OFFSET_OUT_OF_RANGE=%s",
+            "%s[%d] in group %s: offset %d, the next to be read, is out of range (%d … %d): %s; OFFSET_OUT_OF_RANGE=%s",
             tp.topic,
             tp.partition,
             self.app.conf.id,
-            committed,
+            offset,
             first,
             end,
             lost,
@@ -80,7 +103,7 @@ class Positions(driver.Consumer):
         if policy == "stop":
             self.app.fatal(
                 Fatal(
-                    f"{tp.topic}[{tp.partition}]: committed offset {committed} is out of range ({first} … {end}), and "
+                    f"{tp.topic}[{tp.partition}]: offset {offset} is out of range ({first} … {end}), and "
                     "OFFSET_OUT_OF_RANGE=stop; set the group's offset, or choose earliest or latest"
                 )
             )

@@ -360,6 +360,11 @@ async def _abandon(producer: aiokafka.AIOKafkaProducer, seconds: float = 5.0) ->
         await end(sender.sender_task)
     producer._message_accumulator.fail_all(ProducerClosed())
     await _quietly(within(producer.client.close(), seconds))
+    # Whoever waits for metadata of a client that is closed would wait for ever.
+    waited_for = producer.client._md_update_fut
+    if waited_for is not None and not waited_for.done():
+        waited_for.set_exception(ProducerClosed())
+        waited_for.exception()  # seen: mostly nobody waits
 
 
 async def _quietly(awaitable: Any) -> None:

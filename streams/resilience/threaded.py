@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from streams.resilience.consumer_options import ErrorCallback, Handler, Topic
-from streams.resilience.consumer_work import inside_handler
+from streams.resilience.consumer_options import ErrorCallback, Handler, Topic, inside_handler
 from streams.resilience.consumers import AsyncResilientKafkaConsumer
 
 #: How long a question to the loop may take before its answer is "not well".

@@ -72,6 +72,7 @@ class Consumer(Completing, Positions, driver.Consumer):
         self.last_fetch_at = time.monotonic()
         #: ends of logs as last asked for; a partition that is not read just now does not learn them from fetches
         self.ends = {}
+        self.reached = {}
         self.fetch_failures = 0
         self.recreations = 0
         self.last_failure: str | None = None
@@ -154,6 +155,8 @@ class Consumer(Completing, Positions, driver.Consumer):
                 continue
             self.not_waiting_next_records.clear()
             try:
+                if self._thread.without_position:
+                    await self.find_positions()
                 wait = FETCH_WAIT_SECONDS if len(readable) == len(active) else FETCH_WAIT_CROWDED_SECONDS
                 records = await self._thread.fetch(readable, wait)
                 generation = self.app.consumer_generation_id
@@ -361,6 +364,7 @@ class Consumer(Completing, Positions, driver.Consumer):
                 return False
             self.ledgers.committed(offsets)
             self._committed_offset.update(offsets)
+            self.reached.update(offsets)
             self.last_commit_at = time.monotonic()
             self.app.tables.on_commit(offsets)
             self.app.monitor.on_tp_commit(offsets)
@@ -439,7 +443,8 @@ class Consumer(Completing, Positions, driver.Consumer):
         What was in flight is forgotten here and comes again from the committed offset.
         """
         topics = ",".join(sorted({topic for channel in self.app.topics for topic in channel.topics})) or "-"
-        self.log.warning("Consumer health check failed for topic '%s', triggering reconnection (%s)", topics, why)
+        self.log.warning("Consumer health check failed for topic '%s', triggering reconnection", topics)
+        self.log.warning("Consumer of group %s: %s", self.app.conf.id, why)
         app, assigned = self.app, set(self.ledgers)
         with contextlib.suppress(ConsumerNotStarted):
             assigned |= self.assignment()
@@ -457,7 +462,7 @@ class Consumer(Completing, Positions, driver.Consumer):
         self.last_fetch_at = time.monotonic()
         self.recreations += 1
         self.accounts.recreations += 1
-        self.log.info("Successfully recreated consumer after error (attempt %d)", self.recreations)
+        self.log.info("Successfully recreated consumer after error (attempt %d)", self._thread.attempts)
 
     def verify_event_path(self, now: float, tp: TP) -> None:
         """Leave this to the health checks, which know a paused partition and a slow handler from a hang."""

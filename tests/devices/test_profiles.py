@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from devices.configfile import ConfigErrors
+from devices.model import DriverOutOfMemory
 from devices.pipeline import Refused, read
 from devices.profiles import MAX_CACHED, Match, Profile, compile_profile
 from devices.registry import DeviceEntry, Registry, driver_class
 from devices.testing import NOW, uplink
+from streams.resilience.failures import FailureClass, classify
 
 SHIPPED = Path("config")
 
@@ -326,6 +328,15 @@ def test_what_a_driver_raises_is_poison() -> None:
     driver.decode = lambda *_: 1 / 0
     with pytest.raises(ValueError, match="driver plain_json failed on this message: ZeroDivisionError"):
         read(uplink("{}", "devices/d1/telemetry"), registry)
+
+
+def test_a_driver_without_memory_is_tried_again_and_then_given_up() -> None:
+    """It is neither the message's fault at once nor waited for as long as it takes: a few attempts decide."""
+    registry = Registry.load(SHIPPED)
+    registry.driver("plain_json").decode = lambda *_: bytearray(1 << 62)
+    with pytest.raises(DriverOutOfMemory, match="driver plain_json found no memory") as raised:
+        read(uplink("{}", "devices/d1/telemetry"), registry)
+    assert classify(raised.value) is FailureClass.UNCLASSIFIED
 
 
 def test_driver_of_a_command() -> None:

@@ -98,7 +98,6 @@ MUTATIONS = (
         _READ_IS_DONE,
         (
             _KILLS + "test_a_worker_killed_again_and_again",
-            _KILLS + "test_two_workers_one_killed_or_started_every_two_seconds",
             "tests/faults/test_random_plan.py",
         ),
     ),

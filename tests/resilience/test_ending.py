@@ -28,6 +28,8 @@ class Told(ending.Worker):
         # the signals are heard, nothing is connected
         self.install_signal_handlers()
         print("heard", flush=True)
+        if len(sys.argv) > 3:
+            raise LookupError("cannot go on")
         await asyncio.sleep(60)
 
     async def stop(self):
@@ -39,7 +41,9 @@ Told(app, loop=asyncio.new_event_loop()).execute_from_commandline()
 """
 
 
-async def run(hangs_seconds: float, bound_seconds: float, *numbers: signal.Signals) -> tuple[int, str]:
+async def run(
+    hangs_seconds: float, bound_seconds: float, *numbers: signal.Signals, fails: bool = False
+) -> tuple[int, str]:
     """Start the worker, send it the signals in turn, and return exit code and what it has said."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -47,6 +51,7 @@ async def run(hangs_seconds: float, bound_seconds: float, *numbers: signal.Signa
         WORKER,
         str(hangs_seconds),
         str(bound_seconds),
+        *["fails"] * fails,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -83,4 +88,11 @@ async def test_the_end_has_a_bound() -> None:
     """An end that hangs and no second signal: it is over when the bound is, and the log says what was under way."""
     code, said = await run(3600.0, 0.5, signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, said
+    assert "SHUTDOWN_SECONDS" in said and "Under way" in said
+
+
+async def test_the_end_after_a_failure_has_a_bound() -> None:
+    """What it cannot go on from ends a worker, non-zero, also where its end hangs and no signal comes."""
+    code, said = await run(3600.0, 0.5, fails=True)
+    assert code == 1, said
     assert "SHUTDOWN_SECONDS" in said and "Under way" in said

@@ -133,7 +133,8 @@ async def consuming(broker: Broker) -> AsyncIterator[Callable[..., AsyncResilien
         batch_processing: bool = False,
         **options: Any,
     ) -> AsyncResilientKafkaConsumer:
-        consumer = AsyncResilientKafkaConsumer(topic, group or broker.group(), broker.servers, **{**QUICK, **options})
+        servers = options.pop("bootstrap", broker.servers)
+        consumer = AsyncResilientKafkaConsumer(topic, group or broker.group(), servers, **{**QUICK, **options})
         task = asyncio.create_task(consumer.consume_messages(handler, commit_offset, batch_processing))
         consumer.task = task  # type: ignore[attr-defined]
         started.append((consumer, task))

@@ -17,6 +17,7 @@ import pytest
 from streams.resilience import Fatal, Poison, Rejected, Retryable
 from streams.resilience.deadletter import header
 from tests.resilience.consumers.conftest import eventually
+from tools.stack.ports import choose
 
 
 async def test_false_five_times(broker: Any, consuming: Any) -> None:
@@ -64,6 +65,46 @@ async def test_a_stop_right_behind_a_commit(broker: Any, consuming: Any, turns: 
     client.commit = commit_and_stop
     await eventually(lambda: stopping and stopping[0].done(), "the end")
     assert await broker.committed(group) == {(topic, 0): 1}
+
+
+@pytest.mark.parametrize("batches", [False, True])
+async def test_a_cancellation_within_a_plain_handler(broker: Any, consuming: Any, batches: bool) -> None:
+    """A pool cancels what the coroutine of a plain handler waits for: the same message again, nothing before it."""
+    topic, group = await broker.topic(), broker.group()
+    await broker.send(topic, ["a", "b"])
+    seen: list[str] = []
+
+    async def work(values: list[str]) -> bool:
+        seen.extend(values)
+        if seen == values:
+            raise asyncio.CancelledError
+        return True
+
+    def handle(given: Any) -> Any:
+        found = [record for records in given.values() for record in records] if batches else [given]
+        return work([record.value for record in found])
+
+    consuming(topic, handle, group, batch_processing=batches)
+
+    async def all_done() -> bool:
+        return bool(await broker.committed(group) == {(topic, 0): 2})
+
+    await eventually(all_done, "both are committed")
+    assert seen[0] == "a"
+    assert seen[-2:] == ["a", "b"] or seen == ["a", "a", "b"]
+
+
+async def test_a_callback_that_stops_its_consumer(consuming: Any) -> None:
+    """Told that Kafka is away, it may stop the consumer that tells it; neither waits for the other."""
+    stopping: list[bool] = []
+
+    async def stop(_exc: BaseException, _message: Any) -> None:
+        await consumer.stop()
+        stopping.append(True)
+
+    consumer = consuming("t", lambda _: True, on_error_callback=stop, bootstrap=f"127.0.0.1:{choose(set(), random)}")
+    await eventually(consumer.task.done, "the end")
+    assert stopping == [True]
 
 
 async def test_a_log_that_ends_with_a_marker(broker: Any, consuming: Any) -> None:
