@@ -19,7 +19,7 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
 
 from streams.resilience.bounds import end, within
-from streams.resilience.clients import NO_POSITION, close_consumer, without_position
+from streams.resilience.clients import NO_POSITION, Reach, close_consumer, without_position
 from streams.resilience.commits import Ledgers
 from streams.resilience.consumer_batches import Batches, BatchPartition
 from streams.resilience.consumer_options import ConsumerOptions
@@ -415,10 +415,11 @@ class Session(ConsumerRebalanceListener):
         Its ``max_poll_interval_ms`` takes a consumer without room, or without partitions, for dead. An error that it
         does not retry by itself (a group that is not allowed) stops its coordination until somebody asks for it.
         """
-        consumer = self.consumer
+        consumer, reach = self.consumer, Reach()
         assert consumer is not None
         while True:
             await asyncio.sleep(IDLE_GUARD_SECONDS)
+            await reach.look(consumer._client, time.monotonic())
             with consumer._subscription.fetch_context():
                 pass
             try:

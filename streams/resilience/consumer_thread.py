@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from faust.types import TP
 from mode import Service
 
 from streams.resilience.bounds import END_SECONDS, within
-from streams.resilience.clients import NO_POSITION, close_consumer, without_position
+from streams.resilience.clients import NO_POSITION, Reach, close_consumer, without_position
 from streams.resilience.judgement import position_of
 from streams.resilience.options import ResilienceOptions
 
@@ -139,11 +140,13 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         An error that it does not retry by itself (a group that is not allowed, an instance id that is fenced) stops its
         coordination until somebody asks for it.
         """
+        reach = Reach()
         while not self.should_stop:
             await self._pause(IDLE_GUARD_SECONDS)
             consumer = self._consumer
             if consumer is None:
                 continue
+            await reach.look(consumer._client, time.monotonic())
             with consumer._subscription.fetch_context():
                 pass
             try:

@@ -18,8 +18,10 @@ from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, ProducerClosed
 from faust.transport import producer as faust_producer
 from faust.transport.drivers import aiokafka as driver
+from mode import Service
 
 from streams.resilience.bounds import end, within
+from streams.resilience.clients import Reach
 from streams.resilience.failures import Retryable
 from streams.resilience.options import ResilienceOptions
 from streams.resilience.sequence import SequencedProducer
@@ -33,6 +35,8 @@ CACHED_KEYS = 100_000
 #: Bytes of batches that may wait for the sender, over all partitions of a topic: enough that it always finds some.
 QUEUED_BYTES = 24 * 1024 * 1024
 _NO_HEADERS: Headers = []
+#: Between two looks whether the client has any broker.
+REACH_SECONDS = 2.0
 #: Between two warnings that a partition takes nothing.
 TELL_SECONDS = 30.0
 
@@ -147,6 +151,13 @@ class Producer(driver.Producer):
                 self.last_failure = None
                 return producer
         return None
+
+    @Service.task
+    async def _keep_in_reach(self) -> None:
+        reach = Reach()
+        while not self.should_stop:
+            await self.sleep(REACH_SECONDS)
+            await reach.look(self.client, time.monotonic())
 
     async def recreate(self, why: str) -> None:
         """Close the producer and build a new one; what was not acknowledged fails and is sent again by its owner."""

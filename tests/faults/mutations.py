@@ -92,14 +92,11 @@ MUTATIONS = (
         ("tests/resilience/test_commits.py", "tests/resilience/test_streams_batches.py"),
     ),
     Mutation(
-        "read-is-done-kills",
-        (2, 6, 31),
+        "read-is-done",
+        (2,),
         "what was read is committed, whether it is done or not",
         _READ_IS_DONE,
-        (
-            _KILLS + "test_a_worker_killed_again_and_again",
-            "tests/faults/test_random_plan.py",
-        ),
+        (_KILLS + "test_a_worker_killed_again_and_again",),
     ),
     Mutation(
         "declared-once",
@@ -109,17 +106,17 @@ MUTATIONS = (
         (_EDGES + "test_a_broker_that_comes_back_empty",),
     ),
     Mutation(
-        "out-of-step-is-usable",
-        (3,),
-        "a producer whose sequence numbers are out of step with the broker's goes on",
+        "refused-batch-has-numbers",
+        (3, 11),
+        "the sequence numbers of a batch that the broker has refused count as used",
         (
             Edit(
-                "streams/resilience/producer.py",
-                "if isinstance(producer, SequencedProducer) and producer.out_of_sequence is not None:\n        return False",
-                "if isinstance(producer, SequencedProducer) and producer.out_of_sequence is not None:\n        return True",
+                "streams/resilience/sequence.py",
+                "numbers[partition] = (numbers[partition] - batch.record_count) % _SEQUENCES",
+                "numbers[partition] = numbers[partition] % _SEQUENCES",
             ),
         ),
-        ("tests/resilience/test_kafka_stage.py", "tests/resilience/test_streams_unit.py"),
+        ("tests/resilience/test_kafka_stage.py",),
     ),
     Mutation(
         "kafka-failed-is-sent",
@@ -132,21 +129,14 @@ MUTATIONS = (
                 '"""Have the event delivered again."""\n        self.event.message.decref()',
             ),
         ),
-        ("tests/resilience/test_streams_unit.py", "tests/resilience/test_chunks.py"),
+        ("tests/resilience/test_chunks.py",),
     ),
     Mutation(
         "away-counts",
         (4,),
         "the time without a broker counts as time without progress",
         (Edit("streams/resilience/judgement.py", '    if "away" not in changed:', "    if True:"),),
-        ("tests/resilience/test_health.py", "tests/resilience/consumers/test_judgement.py"),
-    ),
-    Mutation(
-        "timeouts-are-poison",
-        (4, 13),
-        "a statement that runs out of time is the message's fault",
-        _classed("(asyncio.TimeoutError", "(TimeoutError"),
-        (_SINKS + "test_the_database_frozen_for_longer_than_a_session",),
+        ("tests/resilience/consumers/test_judgement.py",),
     ),
     Mutation(
         "absent-at-start",
@@ -154,12 +144,25 @@ MUTATIONS = (
         "a broker that is absent at the start is not waited for",
         (
             Edit(
-                "streams/resilience/producer.py",
-                "except (KafkaError, OSError, TimeoutError) as exc:\n                await _quietly(producer.stop())",
-                "except LookupError as exc:\n                await _quietly(producer.stop())",
+                "streams/provision.py",
+                "except (KafkaError, OSError, TimeoutError) as exc:\n            delay = backoff.next()",
+                "except LookupError as exc:\n            delay = backoff.next()",
             ),
         ),
         (_EDGES + "test_every_service_absent_at_the_start",),
+    ),
+    Mutation(
+        "moved-brokers-are-lost",
+        (5,),
+        "brokers that come back at other addresses are not asked for",
+        (
+            Edit(
+                "streams/resilience/clients.py",
+                "        elif now - self._lost_at >= MOVED_SECONDS:",
+                "        elif False:",
+            ),
+        ),
+        ("tests/resilience/test_kafka_moved.py",),
     ),
     Mutation(
         "no-drain",
@@ -167,6 +170,19 @@ MUTATIONS = (
         "a revocation waits for nothing",
         (Edit(_TRANSPORT, "        while self.busy and time.monotonic() < until:", "        while False:"),),
         ("tests/resilience/test_streams_revocation.py",),
+    ),
+    Mutation(
+        "reset-in-silence",
+        (3, 8),
+        "where a log does not have what is to be read next, it is read from its beginning, and nobody is told",
+        (
+            Edit(
+                "streams/resilience/positions.py",
+                "            elif first <= offset <= end:\n                await self.seek(tp, offset)",
+                "            elif first <= end:\n                await self.seek(tp, first)",
+            ),
+        ),
+        ("tests/resilience/test_kafka_positions.py",),
     ),
     Mutation(
         "failed-commit-is-done",
@@ -241,24 +257,25 @@ MUTATIONS = (
         ("tests/resilience/test_streams_unit.py", "tests/faults/test_letters.py"),
     ),
     Mutation(
-        "ends-are-not-asked-for",
+        "no-bounds",
         (12,),
-        "the ends of logs are learnt from fetches alone, so that a partition which is not read has no lag",
+        "a slow sink bounds neither bytes nor chunks under way",
         (
-            Edit(
-                "streams/resilience/health.py",
-                "            await consumer.look_up_ends(LOOK_UP_SECONDS)",
-                "            return",
-            ),
+            Edit(_COMMITS, "if ledger is None or ledger.in_flight_bytes < share:", "if ledger is None or share:"),
+            Edit(_TRANSPORT, "or self.ledgers.spans_of(tp) < limit", "or limit"),
         ),
         (_SINKS + "test_a_slow_database",),
     ),
     Mutation(
         "away-is-poison",
-        (13,),
+        (13, 31),
         "what a database that is away raises is the message's fault",
         _classed("(ConnectionError", "(OSError", "asyncpg.exceptions._base.InterfaceError"),
-        (_KILLS + "test_the_database_away", _SINKS + "test_connections_to_the_database_reset_in_the_midst"),
+        (
+            _KILLS + "test_the_database_away",
+            _SINKS + "test_connections_to_the_database_reset_in_the_midst",
+            "tests/faults/test_random_plan.py",
+        ),
     ),
     Mutation(
         "one-row-condemns-all",

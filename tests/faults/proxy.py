@@ -50,6 +50,10 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
+    def lead_to(self, host: str, port: int) -> None:
+        """Lead new connections somewhere else."""
+        self._call(lambda: setattr(self, "_target", (host, port)))
+
     def reset(self, after_bytes: int) -> None:
         """From now on end each connection with RST once a client has sent ``after_bytes``, in the midst of them."""
         self._call(lambda: setattr(self, "_limit", after_bytes))

@@ -91,7 +91,9 @@ def test_every_service_absent_at_the_start(breakable: Stack, tmp_path: Path, see
 
 
 def test_a_broker_that_comes_back_empty(breakable: Stack, tmp_path: Path) -> None:
-    """Kafka has lost all its data: topics are declared again, offsets begin anew, and the same worker goes on."""
+    """Kafka has lost all its data: topics are declared again, offsets begin anew, which is told of and counted, and the
+    same worker goes on.
+    """
     kafka = breakable.part("kafka")
     with realm(breakable, tmp_path, STAGES=STAGES) as own:
         worker = own.worker().start()
@@ -108,3 +110,5 @@ def test_a_broker_that_comes_back_empty(breakable: Stack, tmp_path: Path) -> Non
         settled(own, after)
         assert worker.starts == 1
         worker.wait_ready(LIVENESS_SECONDS)
+        assert worker.metric("headrace_offset_resets_total") > 0
+        assert "the next to be read, is out of range" in worker.output()

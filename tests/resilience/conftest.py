@@ -16,6 +16,7 @@ import aiokafka
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
+from faust.types import TP
 
 from tools.stack import Stack
 
@@ -82,6 +83,12 @@ class Log:
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited {PATIENCE_SECONDS:.0f} s in vain until {what}")
             await asyncio.sleep(0.05)
+
+    async def until_committed_by(self, app: Any, topic: str, offset: int, partition: int = 0) -> None:
+        """Wait until ``app``, which runs in this process, has committed ``offset``; asks no broker."""
+        await self.until(
+            lambda: app.consumer.reached.get(TP(topic, partition)) == offset, f"{topic}@{offset} is committed"
+        )
 
     async def until_committed(self, group: str, topic: str, offset: int, partition: int = 0) -> None:
         """Wait until a group has committed ``offset``."""
