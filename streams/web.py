@@ -16,7 +16,7 @@ from mode import Service
 
 from streams import metrics
 from streams.core import SETTINGS, app
-from streams.resilience.bounds import within
+from streams.resilience.bounds import end, within
 from streams.resilience.deadletter import describe
 from streams.resilience.health import WELL
 
@@ -81,16 +81,27 @@ CHECKS = Checks()
 
 
 async def watch(owner: Service) -> None:
-    """Look every few seconds until ``owner`` stops, so that asking costs nothing and what hangs holds up nobody."""
+    """Look every few seconds until ``owner`` stops, so that asking costs nothing and what hangs holds up nobody.
+
+    The watchdog hears that the loop turns, however long a service takes to answer.
+    """
+    looking: asyncio.Task[None] | None = None
     while not owner.should_stop:
         before = time.monotonic()
         await owner.sleep(CHECK_SECONDS)
         app.pipeline.watchdog.beat()
         metrics.LOOP_DELAY.set(max(0.0, time.monotonic() - before - CHECK_SECONDS))
-        try:
-            await CHECKS.run()
-        except Exception:
-            owner.log.exception("A health check failed")
+        if looking is None or looking.done():
+            looking = asyncio.create_task(_look(owner))
+    if looking is not None:
+        await end(looking)
+
+
+async def _look(owner: Service) -> None:
+    try:
+        await CHECKS.run()
+    except Exception:
+        owner.log.exception("A health check failed")
 
 
 @app.page("/health/live")

@@ -72,14 +72,16 @@ class DeviceContext(oscore.CanProtect, oscore.CanUnprotect, oscore.SecurityConte
         """Have the number that was just taken on disk before it is used."""
         if self._path is None or self.sender_sequence_number <= self._reserved:
             return
-        self._reserved = self.sender_sequence_number + SEQUENCE_CHUNK
+        reserved = self.sender_sequence_number + SEQUENCE_CHUNK
         self._path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._path.with_suffix(".new")
         with draft.open("w", encoding="utf-8") as file:
-            json.dump({"device_id": self.device_id, "next": self._reserved}, file)
+            json.dump({"device_id": self.device_id, "next": reserved}, file)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self._path)
+        # Not before: a number that is not on disk would be used again after a restart, and its nonce with it.
+        self._reserved = reserved
 
 
 def _next_number(path: Path) -> int:

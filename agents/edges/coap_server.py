@@ -247,7 +247,12 @@ class CoapServer:
             batch = [arrival for arrival in first if arrival.state is State.WAITING]
             if batch:
                 self._batches += 1
-                await self._deliver(Batch(batch, self._finish))
+                made = Batch(batch, self._finish)
+                try:
+                    await self._deliver(made)
+                except Exception:
+                    _log.exception("CoAP: a batch of %d messages could not be handed over", len(batch))
+                    made.refuse()
 
     def _finish(self, arrivals: list[Arrival], taken: bool) -> None:
         self._batches -= 1
@@ -258,13 +263,21 @@ class CoapServer:
             self.pending -= 1
             self.pending_bytes -= len(arrival.payload)
             arrival.state = State.TAKEN if taken else State.GONE
-            if taken:
-                if not arrival.exchange.answered:
-                    self._answer(arrival)
-            else:
+            if not taken:
                 self._late.pop(arrival.same, None)
+        for arrival in arrivals:
+            self._conclude(arrival, taken)
+
+    def _conclude(self, arrival: Arrival, taken: bool) -> None:
+        """Answer an arrival whose fate is known; what its answer raises is no matter of its neighbours."""
+        try:
+            if not taken:
                 unavailable = self._service_unavailable("the message store has not taken it; come again")
                 self.exchanges.answer(arrival.exchange, unavailable)
+            elif not arrival.exchange.answered:
+                self._answer(arrival)
+        except Exception:
+            _log.exception("device %s has no answer, its message is %s", arrival.device_id, arrival.state.name)
 
     def _give_up(self, arrival: Arrival) -> None:
         """Answer 5.03 to an arrival that waits for too long; one that nobody claimed will be no record."""
@@ -312,14 +325,16 @@ class CoapServer:
             # The message is safe, so the device is told so, if without what it would like to know.
             _log.exception("no reply for device %s on /%s", device_id, found.route)
             reply = None
-        if reply is None:
-            answer = Message(code=codes.CHANGED)
-        else:
-            answer = Message(code=code_of(reply.code), payload=reply.data)
-            if reply.data and reply.content_format is not None:
-                answer.opt.content_format = reply.content_format
+        answer = Message(code=codes.CHANGED)
+        if reply is not None:
             key = (exchange.peer.where, exchange.peer.device_id, found.method, found.route)
-            answer = self._answers.first(key, request, answer)
+            try:
+                said = Message(code=code_of(reply.code), payload=bytes(reply.data))
+                if reply.data and reply.content_format is not None:
+                    said.opt.content_format = reply.content_format
+                answer = self._answers.first(key, request, said)
+            except Exception:
+                _log.exception("driver %s has made no reply for device %s: %r", driver.name, device_id, reply)
         if request.opt.block1 is not None:
             answer.opt.block1 = request.opt.block1
         self.exchanges.answer(exchange, answer, outcome)
@@ -333,10 +348,15 @@ class CoapServer:
 
     async def _tick(self) -> None:
         while True:
-            now = self._clock()
-            while self._deadlines and (not self._deadlines[0].open or self._deadlines[0].due <= now):
-                arrival = self._deadlines.popleft()
-                if arrival.open:
-                    self._give_up(arrival)
-            self.exchanges.tick()
+            try:
+                self._look_at_the_clock(self._clock())
+            except Exception:
+                _log.exception("CoAP: a round of answers and repetitions failed; the next one follows")
             await asyncio.sleep(TICK_SECONDS)
+
+    def _look_at_the_clock(self, now: float) -> None:
+        while self._deadlines and (not self._deadlines[0].open or self._deadlines[0].due <= now):
+            arrival = self._deadlines.popleft()
+            if arrival.open:
+                self._give_up(arrival)
+        self.exchanges.tick()

@@ -143,6 +143,18 @@ def test_sequence_numbers_are_never_used_twice(tmp_path: Path) -> None:
         seen |= numbers
 
 
+def test_numbers_that_are_not_on_disk_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: taking a number fails until it can be written, however often it is tried."""
+    context = DeviceContext(KEY, sequence_file(tmp_path, KEY))
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+        for _ in range(3):
+            with pytest.raises(OSError, match="no space"):
+                context.new_sequence_number()
+    used = context.new_sequence_number()
+    assert DeviceContext(KEY, sequence_file(tmp_path, KEY)).new_sequence_number() > used
+
+
 OSCORE_FILES = {
     "no YAML": ("devices: [", "not YAML"),
     "unknown field": ("devices: [{device_id: a, recipient_id: '01', master_secret: 'aa', typo: 1}]", "typo"),

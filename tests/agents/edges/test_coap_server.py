@@ -18,6 +18,9 @@ from aiocoap.numbers import codes
 from aiocoap.numbers.types import ACK, CON, NON
 
 from agents.edges.coap_arrivals import Event
+from agents.edges.coap_server import PARALLEL_BATCHES
+from devices.driver import Reply
+from devices.plain_json.driver import PlainJsonDriver
 from devices.registry import Registry
 from devices.timing import STRIKES, DriverTimes
 from tests.agents.edges import clients
@@ -190,6 +193,46 @@ async def test_a_batch_that_kafka_refuses_is_503(client: aiocoap.Context) -> Non
         await until(lambda: here.kafka.held)
         here.kafka.refuse()
         assert (await answer).code == codes.SERVICE_UNAVAILABLE
+
+
+async def test_a_reply_that_is_none_costs_nobody_anything(
+    client: aiocoap.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver makes a reply that does not encode: its device hears that its message is safe, its neighbours too."""
+
+    def reply(_driver: Any, uplink: Any, *_: Any) -> Reply | None:
+        return Reply(code="no code", data="text") if b"bad" in uplink.data else None  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PlainJsonDriver, "reply", reply)
+    async with site() as here:
+        here.kafka.working = False
+        bodies = [JSON] * PARALLEL_BATCHES + [JSON, b'{"bad": 1}', JSON, JSON]
+        answers = []
+        for number, body in enumerate(bodies):
+            answers.append(asyncio.ensure_future(ask(client, here, f"telemetry/d{number}", body)))
+            await until(lambda number=number: here.server.pending > number)
+        here.kafka.acknowledge()
+        await until(lambda: here.kafka.held)
+        assert [len(arrivals) for _, arrivals in here.kafka.held] == [4]
+        here.kafka.acknowledge()
+        assert [(await answer).code for answer in answers] == [codes.CHANGED] * len(bodies)
+        assert here.server.pending == here.server.pending_bytes == 0
+
+
+async def test_what_cannot_be_handed_over_is_503_and_ends_nothing(client: aiocoap.Context) -> None:
+    """An error on the way to Kafka is its batch's: the next message is taken."""
+    async with site() as here:
+        take = here.server._deliver
+
+        async def fail(_batch: Any) -> None:
+            here.server._deliver = take
+            raise LookupError("no way")
+
+        here.server._deliver = fail
+        assert (await ask(client, here, "telemetry/d1", JSON)).code == codes.SERVICE_UNAVAILABLE
+        assert (await ask(client, here, "telemetry/d2", JSON)).code == codes.CHANGED
+        assert here.server.serving
+        assert here.server.pending == 0
 
 
 async def test_con_beyond_the_bound_get_503() -> None:
