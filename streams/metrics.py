@@ -17,6 +17,7 @@ headrace_in_flight_bytes               gauge      stage               bytes of t
 headrace_oldest_in_flight_seconds      gauge      stage               age of the oldest of those
 headrace_lag                           gauge      stage, topic,       records between the committed offset and the end
                                                   partition
+headrace_commits_total                 counter    stage               commits that the broker has taken
 headrace_seconds_since_commit          gauge      stage               since the last commit that succeeded
 headrace_assigned_partitions           gauge      stage               partitions that this worker holds
 headrace_recreations_total             counter    stage               consumers and producers created anew
@@ -24,6 +25,9 @@ headrace_offset_resets_total           counter    stage               committed 
 headrace_guard_tripped                 gauge      stage               1 while the dead-letter guard has stopped a stage
 headrace_retries_total                 counter    stage, class        handlers called again
 headrace_rejected_values_total         counter    –                   values refused by validation
+headrace_refused_messages_total        counter    reason              device messages refused as a whole
+headrace_driver_slow_calls_total       counter    driver              calls longer than ``DRIVER_LIMIT_SECONDS``
+headrace_driver_asides_total           counter    driver              times that a driver was set aside for being slow
 headrace_handler_seconds               histogram  stage               time of one chunk in its handler
 headrace_connector_acks_total          counter    connector           device messages acknowledged
 headrace_connector_in_flight           gauge      connector           device messages received and not acknowledged
@@ -88,6 +92,7 @@ class StageCollector(Collector):
                 ("dropped", "Messages that nothing comes of", ["stage", "reason", "intended"]),
                 ("returned", "Messages given back on revocation", ["stage"]),
                 ("recreations", "Clients created anew", ["stage"]),
+                ("commits", "Commits that the broker has taken", ["stage"]),
                 ("offset_resets", "Committed offsets that the log no longer had", ["stage"]),
             )
         }
@@ -115,6 +120,7 @@ def _collect_app(app: Any, counters: dict[str, Any], gauges: dict[str, Any]) -> 
     counters["forwarded"].add_metric([stage], accounts.forwarded)
     counters["returned"].add_metric([stage], accounts.returned)
     counters["recreations"].add_metric([stage], accounts.recreations)
+    counters["commits"].add_metric([stage], accounts.commits)
     counters["offset_resets"].add_metric([stage], accounts.offset_resets)
     for kind, count in accounts.dead_lettered.items():
         counters["dead_letters"].add_metric([stage, kind], count)

@@ -29,6 +29,8 @@ class Accounts:
     dropped: Counter[str] = field(default_factory=Counter)
     retries: int = 0
     recreations: int = 0
+    #: commits that the broker has taken
+    commits: int = 0
     #: committed offsets that the log no longer had
     offset_resets: int = 0
 
@@ -77,6 +79,7 @@ class Accounts:
             "in_flight": self.in_flight,
             "retries": self.retries,
             "recreations": self.recreations,
+            "commits": self.commits,
             "offset_resets": self.offset_resets,
             "balance": self.balance(),
         }

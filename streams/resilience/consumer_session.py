@@ -292,6 +292,7 @@ class Session(ConsumerRebalanceListener):
             else:
                 self.ledgers.committed(offsets)
                 self.last_commit_at = time.monotonic()
+                self.work.accounts.commits += 1
                 return True
             return False
 

@@ -366,6 +366,7 @@ class Consumer(Completing, Positions, driver.Consumer):
             self._committed_offset.update(offsets)
             self.reached.update(offsets)
             self.last_commit_at = time.monotonic()
+            self.accounts.commits += 1
             self.app.tables.on_commit(offsets)
             self.app.monitor.on_tp_commit(offsets)
             return True

@@ -56,6 +56,7 @@ def test_the_counts_are_shown_with_their_balance() -> None:
         "in_flight": 2,
         "retries": 0,
         "recreations": 0,
+        "commits": 0,
         "offset_resets": 0,
         "balance": 0,
     }
