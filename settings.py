@@ -526,8 +526,8 @@ class Settings:
         _RES,
         ("120", "20"),
         _seconds(2, 86400),
-        "A stage with lag that reads nothing, or commits nothing, for this long is stuck: its clients are created anew. "
-        "One whose handler hangs is not well, and ends the worker after RECREATE_BUDGET_SECONDS.",
+        "A stage with lag that reads or commits nothing for this long is stuck: its clients are created anew. One "
+        "whose handler hangs is not well, and ends the worker after RECREATE_BUDGET_SECONDS.",
     )
     max_attempts: int = _setting(
         _RES, "5", _count(1, 1000), "Attempts for a failure that nobody has classified, then a dead letter `exhausted`."

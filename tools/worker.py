@@ -11,6 +11,7 @@ log; a signal is only ever sent to the process that was started here. Everything
 """
 
 import contextlib
+import http.client
 import json
 import random
 import re
@@ -34,12 +35,13 @@ __all__ = ["Worker", "WorkerError"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_SECONDS = 0.05
+_ANSWER_SECONDS = 20.0
 _METRIC = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 class WorkerError(Exception):
-    """A worker did not become ready, ended, or did not end; the message has the last lines of its log."""
+    """A worker did not become ready, ended, did not end, or did not answer; with the last lines of its log."""
 
 
 class Worker:
@@ -64,6 +66,9 @@ class Worker:
         self.log = log
         self.name = name
         self.starts = 0
+        #: when it first was ready (`time.monotonic`), None before; and whether `stop` ended it
+        self.ready_at: float | None = None
+        self.stopped = False
         self._app = app
         self._log_level = log_level
         self._record = record
@@ -126,6 +131,7 @@ class Worker:
         self._process = ProcessId(self._child.pid, processes.start_mark(self._child.pid) or "gone")
         self._record(self._process)
         self.starts += 1
+        self.stopped = False
 
     def wait_ready(self, patience_seconds: float = 90.0) -> None:
         """Wait until `/health/ready` says 200. Raises WorkerError when the process ends or the time is over."""
@@ -158,6 +164,7 @@ class Worker:
     def stop(self, patience_seconds: float = 40.0) -> int | None:
         """End the process with SIGTERM, with SIGKILL after `patience_seconds`; return its exit code."""
         if self.alive:
+            self.stopped = True
             self.resume()
             self.signal(signal.SIGTERM)
             try:
@@ -208,7 +215,8 @@ class Worker:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-        except OSError:
+        except (OSError, http.client.HTTPException):
+            # the latter where the process ends in the midst of its answer
             return 0, b""
 
     def health(self) -> dict[str, Any]:
@@ -220,7 +228,10 @@ class Worker:
 
     def ready(self) -> bool:
         """Tell whether `/health/ready` says 200."""
-        return self.get("/health/ready")[0] == 200
+        found = self.get("/health/ready")[0] == 200
+        if found and self.ready_at is None:
+            self.ready_at = time.monotonic()
+        return found
 
     def failing(self) -> dict[str, str]:
         """Return the reason of each check that fails."""
@@ -237,8 +248,18 @@ class Worker:
         return samples
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples of `name` that have these labels; 0 where there is none."""
-        return sum(value for found, has, value in self.metrics() if found == name and labels.items() <= has.items())
+        """Return the sum of the samples of `name` that have these labels; 0 where there is none.
+
+        Raises WorkerError when the process has ended, or does not answer for long.
+        """
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not (samples := self.metrics()):
+            if not self.alive:
+                raise WorkerError(f"{self.name} does not run, and was asked for {name}.\n{self.tail()}")
+            if time.monotonic() > deadline:
+                raise WorkerError(f"{self.name} did not tell {name} within {_ANSWER_SECONDS:.0f} s.\n{self.tail()}")
+            time.sleep(_POLL_SECONDS)
+        return sum(value for found, has, value in samples if found == name and labels.items() <= has.items())
 
     def output(self) -> str:
         """Return what the present (or last) process has logged."""

@@ -139,6 +139,13 @@ MUTATIONS = (
         ("tests/resilience/consumers/test_judgement.py",),
     ),
     Mutation(
+        "timeouts-are-poison",
+        (4, 13),
+        "a statement that runs out of time is the message's fault",
+        _classed("(asyncio.TimeoutError", "(TimeoutError"),
+        (_SINKS + "test_the_database_frozen_for_longer_than_a_session",),
+    ),
+    Mutation(
         "absent-at-start",
         (5,),
         "a broker that is absent at the start is not waited for",

@@ -16,12 +16,14 @@ class Oracle:
     def __init__(self, bootstrap: str, prefix: str, *, every_seconds: float = 0.5) -> None:
         self.violations: list[str] = []
         self.samples = 0
+        #: what has ended the sampling before its time
+        self.failure: Exception | None = None
         self.last: dict[tuple[str, Any], int] = {}
         self._bootstrap = bootstrap
         self._prefix = prefix
         self._every = every_seconds
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     @property
     def groups(self) -> set[str]:
@@ -39,6 +41,12 @@ class Oracle:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(30)
+
+    def _watch(self) -> None:
+        try:
+            asyncio.run(self._run())
+        except Exception as exc:
+            self.failure = exc
 
     async def _run(self) -> None:
         while not self._stop.is_set():

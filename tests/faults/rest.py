@@ -4,7 +4,8 @@ While a realm is open the accounts of its workers are sampled (``Bookkeeping``):
 dropped + returned + in flight* holds at every moment, not at the end alone. At its end (``at_rest``) nothing is in
 flight, `/metrics` says what `/accounts` says, and every group of a stage that runs has committed the end of each log
 that it reads. Ticks go on for ever: of them, and of all else that is written meanwhile, the end as it was when it was
-first asked for must have been passed.
+first asked for must have been passed. Each device's messages stand in `iot_validated_data` in the order that
+`iot_raw_data` gave them (``overtaken``), and those that watched meanwhile have seen something (``watched``).
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ import asyncio
 import json
 import threading
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
+from tools.simulator.checker import overtakers
+from tools.simulator.evidence import Origin, origins
+
 if TYPE_CHECKING:
     from tests.faults.worker import Realm
     from tools.worker import Worker
 
 PATIENCE_SECONDS = 150.0
+#: Somebody who samples twice a second has seen a worker that was ready this long ago.
+_SEEN_SECONDS = 5.0
+_BEGINNING = datetime(2020, 1, 1, tzinfo=UTC)
 #: What a stage must have committed wherever there are records; what else its group has committed counts as well.
 INPUTS = {
     "normalizer": "iot_raw_data",
@@ -65,10 +73,12 @@ class Bookkeeping:
     def __init__(self, own: Realm, *, every_seconds: float = 0.5) -> None:
         self.violations: list[str] = []
         self.samples = 0
+        #: what has ended the sampling before its time
+        self.failure: Exception | None = None
         self._own = own
         self._every = every_seconds
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -77,6 +87,12 @@ class Bookkeeping:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(30)
+
+    def _watch(self) -> None:
+        try:
+            self._run()
+        except Exception as exc:
+            self.failure = exc
 
     def _run(self) -> None:
         while not self._stop.wait(self._every):
@@ -150,10 +166,15 @@ async def _standing(own: Realm) -> Standing:
 
 
 def at_rest(own: Realm, seconds: float = PATIENCE_SECONDS) -> None:
-    """Wait until nothing is in flight and every group has committed the ends of its logs; AssertionError otherwise."""
+    """Wait until nothing is in flight and every group has committed the ends of its logs; AssertionError otherwise.
+
+    Where no worker runs, each that was started must have been ended by `Worker.stop`.
+    """
     until = time.monotonic() + seconds
     workers = [worker for worker in own.workers if worker.alive]
     if not workers:
+        ended = {worker.name: worker.exit_code for worker in own.workers if worker.starts and not worker.stopped}
+        assert not ended, f"no worker runs, and nobody stopped these; their exit codes: {ended}"
         return
     while wrong := [problem for worker in workers for problem in restless(worker)]:
         assert time.monotonic() < until, f"not at rest after {seconds:.0f} s: {wrong}"
@@ -177,3 +198,24 @@ def at_rest(own: Realm, seconds: float = PATIENCE_SECONDS) -> None:
             return
         assert time.monotonic() < until, f"committed and end differ after {seconds:.0f} s: {behind}"
         time.sleep(0.2)
+
+
+def watched(own: Realm) -> None:
+    """Check that the oracle and the bookkeeping have watched, and what they have seen; AssertionError otherwise."""
+    now = time.monotonic()
+    seen = any(worker.ready_at is not None and now - worker.ready_at > _SEEN_SECONDS for worker in own.workers)
+    for watch in (own.oracle, own.bookkeeping):
+        name = type(watch).__name__
+        assert watch.failure is None, f"{name} ended after {watch.samples} samples: {watch.failure!r}"
+        assert not watch.violations, f"{name}: {watch.violations}"
+        assert watch.samples or not seen, f"{name} has sampled nothing"
+
+
+def overtaken(own: Realm) -> list[Origin]:
+    """Return which device messages stand in `iot_validated_data` behind one that came after them."""
+    return asyncio.run(_overtaken(own))
+
+
+async def _overtaken(own: Realm) -> list[Origin]:
+    validated = await origins(own.places, "iot_validated_data", _BEGINNING)
+    return overtakers(await origins(own.places, "iot_raw_data", _BEGINNING), validated)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.support import LIVENESS_SECONDS, STAGES, settled, wait_for
+from tests.faults.rest import INPUTS
+from tests.faults.support import LIVENESS_SECONDS, STAGES, members, misowned, settled, wait_for
 from tests.faults.worker import realm
 from tools.simulator import Plan
 from tools.stack import Stack
@@ -53,14 +54,22 @@ def test_the_broker_killed_and_started_again(breakable: Stack, tmp_path: Path, s
 
 
 def test_the_broker_stopped_for_longer_than_a_session(breakable: Stack, tmp_path: Path, short: bool) -> None:
-    """Kafka is frozen for longer than a session: the worker resumes and nothing is lost."""
+    """Kafka is frozen for two sessions: no acknowledgement meanwhile, then the worker resumes and nothing is lost."""
     with realm(breakable, tmp_path, STAGES=STAGES) as own:
         worker = own.worker().start()
-        fleet = own.fleet(Plan(seconds=15 if short else 40, rate=200))
+        fleet = own.fleet(Plan(seconds=20 if short else 40, rate=200))
         fleet.start()
-        time.sleep(3)
+
+        def acknowledged() -> float:
+            return worker.metric("headrace_connector_acks_total", connector="mqtt")
+
+        wait_for("traffic", lambda: acknowledged() > 200)
         breakable.part("kafka").pause()
-        time.sleep(10)
+        time.sleep(4)
+        stood_at, sent = acknowledged(), fleet.acknowledged
+        time.sleep(8)
+        assert acknowledged() == stood_at, "Kafka's being away was not felt"
+        assert fleet.acknowledged > sent, "there must be something to acknowledge"
         breakable.part("kafka").resume()
         settled(own, fleet)
         assert worker.alive
@@ -72,12 +81,18 @@ def test_the_worker_stopped_for_longer_than_a_session(breakable: Stack, tmp_path
         worker = own.worker().start()
         fleet = own.fleet(Plan(seconds=20, rate=200))
         fleet.start()
-        time.sleep(3)
+        stages = ("normalizer", "ingestor", "caching")
+        wait_for("membership", lambda: all(members(own, stage) for stage in stages))
+        before = {stage: set(members(own, stage)) for stage in stages}
         worker.pause()
         time.sleep(9)
+        wait_for("each group has given it up", lambda: not any(members(own, stage) for stage in stages))
         worker.resume()
         settled(own, fleet)
         assert worker.alive
+        for stage in stages:
+            after = set(members(own, stage))
+            assert after and not after & before[stage], f"{stage}: the same member as before, {after}"
 
 
 def test_the_database_away(breakable: Stack, tmp_path: Path, short: bool) -> None:
@@ -143,12 +158,12 @@ def test_the_mqtt_broker_killed(breakable: Stack, tmp_path: Path) -> None:
 def test_two_workers_one_killed_or_started_every_two_seconds(
     breakable: Stack, tmp_path: Path, short: bool, seed: int
 ) -> None:
-    """Workers come and go, politely and not: the ledger is clean and each device's order is kept."""
+    """Three workers come and go, politely and not: the ledger is clean, each partition has one owner in the end."""
     rng = random.Random(seed)
     rounds = 4 if short else 30
     with realm(breakable, tmp_path, STAGES="normalizer,ingestor") as own:
         connector = own.worker("connector", STAGES="mqtt").start()
-        workers = [own.worker(f"worker-{number}") for number in range(2)]
+        workers = [own.worker(f"worker-{number}") for number in range(3)]
         workers[0].start()
         fleet = own.fleet(Plan(seconds=2.5 * rounds + 5, rate=150))
         fleet.start()
@@ -167,3 +182,8 @@ def test_two_workers_one_killed_or_started_every_two_seconds(
             worker.start()
         settled(own, fleet)
         assert connector.alive
+        for stage in ("normalizer", "ingestor"):
+            wait_for(
+                f"one owner of each partition, {stage}", lambda stage=stage: not misowned(own, stage, INPUTS[stage])
+            )
+            assert len(members(own, stage)) == len(workers)

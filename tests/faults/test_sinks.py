@@ -90,11 +90,19 @@ def test_the_database_frozen_for_longer_than_a_session(breakable: Stack, tmp_pat
         fleet = own.fleet(Plan(seconds=20, rate=200))
         fleet.start()
         wait_for("rows", lambda: forwarded(worker, "ingestor"))
+
+        def retries() -> float:
+            return worker.metric("headrace_retries_total", stage="ingestor")
+
+        before = retries()
         breakable.part("postgresql").pause()
         time.sleep(2)
-        cached = forwarded(worker, "caching")
+        cached, stored = forwarded(worker, "caching"), forwarded(worker, "ingestor")
         time.sleep(8)
+        # the server cannot end a statement; the worker does, with its slack for connecting on top
+        wait_for("the frost is felt", lambda: retries() > before)
         wait_for("caching meanwhile", lambda: forwarded(worker, "caching") > cached + 200)
+        assert forwarded(worker, "ingestor") == stored, "a frozen database has taken rows"
         breakable.part("postgresql").resume()
         settled(own, fleet)
         assert worker.alive

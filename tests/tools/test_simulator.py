@@ -14,8 +14,8 @@ from devices import testing
 from devices.model import DecodeError, Reading
 from devices.pipeline import Refused
 from tools.simulator import poison
-from tools.simulator.checker import disorder, judge
-from tools.simulator.evidence import DeadLetter, Group, dead_letter, raw_digest
+from tools.simulator.checker import disorder, judge, overtakers
+from tools.simulator.evidence import DeadLetter, Group, Origin, dead_letter, raw_digest
 from tools.simulator.fleet import Plan, devices_of, traffic
 from tools.simulator.ledger import Book, Ledger, load
 from tools.simulator.message import MAX_SEQ, Message, Outcome, SetPoints, digest, run_tag, set_points, tag_and_seq
@@ -368,3 +368,30 @@ def test_dead_letter_of_a_reading_is_known_by_its_time() -> None:
     report = judge(written(sent), [dataclasses.replace(group, rows=group.rows - 1)], [found])
     assert report.ok
     assert [key for key, _ in report.unexpected_dead] == [(sent[0].device_id, sent[0].seq)]
+
+
+def origins(told: str) -> list[Origin]:
+    """Return records from words of device, message and perhaps partition: `a1 a2 b1/3`."""
+    words = (word.partition("/") for word in told.split())
+    return [Origin(name[0], name, int(partition or 0)) for name, _, partition in words]
+
+
+@pytest.mark.parametrize(
+    ("raw", "validated", "overtaken"),
+    [
+        ("a1 b1 a2 b2", "b1 b1 a1 a1 b2 a2", ""),
+        ("a1 a2 a3", "a1 a3 a2", "a2"),
+        ("a1 a2 a3", "a3 a1 a2", "a1 a2"),
+        # a message without readings, redeliveries there and here, a message that raw does not have
+        ("a1 a2 a3", "a1 a3", ""),
+        ("a1 a2 a1 a2 a3", "a1 a2 a1 a2 a2 a3 a1", ""),
+        ("a1 a2", "a9 a2 a9", ""),
+        ("a1 a2 a1", "a2 a1", "a1"),
+        # another partition of raw has an order of its own
+        ("a2/1 a1/0", "a1/0 a2/0", ""),
+        ("", "a1 a2", ""),
+    ],
+)
+def test_messages_that_jump_ahead_are_told(raw: str, validated: str, overtaken: str) -> None:
+    """What first comes behind a younger message of its device is told; what comes again, or is left out, is not."""
+    assert [origin.request_id for origin in overtakers(origins(raw), origins(validated))] == overtaken.split()

@@ -17,11 +17,11 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 
-from tools.simulator.evidence import DeadLetter, Group, Places, dead_letters, raw_digests, stored_groups
+from tools.simulator.evidence import DeadLetter, Group, Origin, Places, dead_letters, raw_digests, stored_groups
 from tools.simulator.ledger import Book, Key
 from tools.simulator.message import Outcome, run_tag, tag_and_seq
 
-__all__ = ["Missing", "Report", "check", "disorder", "examine", "judge", "match_groups", "settle"]
+__all__ = ["Missing", "Report", "check", "disorder", "examine", "judge", "match_groups", "overtakers", "settle"]
 
 _MARGIN = timedelta(seconds=5)
 _SHOWN = 10
@@ -173,6 +173,31 @@ def disorder(book: Book, arrivals: Iterable[tuple[str, str]]) -> tuple[int, list
             disordered.append(key)
         newest[device] = max(seq, newest.get(device, -1))
     return again, disordered
+
+
+def overtakers(raw: Iterable[Origin], validated: Iterable[Origin]) -> list[Origin]:
+    """Return which of the `validated` first came after a younger message of their device, by the order in `raw`.
+
+    Both in order per partition. What comes again is not disordered; what is not in `raw`, or in another partition of
+    it than the device's others, has no order among them.
+    """
+    ages: dict[str, tuple[int, int]] = {}
+    for age, origin in enumerate(raw):
+        ages.setdefault(origin.request_id, (origin.partition, age))
+    seen: set[tuple[str, str]] = set()
+    youngest: dict[tuple[str, int], int] = {}
+    wrong: list[Origin] = []
+    for origin in validated:
+        name = (origin.device_id, origin.request_id)
+        if name in seen or origin.request_id not in ages:
+            continue
+        seen.add(name)
+        partition, age = ages[origin.request_id]
+        if age < youngest.get((origin.device_id, partition), -1):
+            wrong.append(origin)
+        else:
+            youngest[origin.device_id, partition] = age
+    return wrong
 
 
 def judge(

@@ -12,11 +12,22 @@ from typing import Any, Self
 
 import aiokafka
 import asyncpg
+import msgspec
 from aiokafka.structs import ConsumerRecord
 
 from tools.simulator.message import SetPoints, digest
 
-__all__ = ["DeadLetter", "Group", "Places", "dead_letters", "raw_digests", "records", "stored_groups"]
+__all__ = [
+    "DeadLetter",
+    "Group",
+    "Origin",
+    "Places",
+    "dead_letters",
+    "origins",
+    "raw_digests",
+    "records",
+    "stored_groups",
+]
 
 _GROUPS = """
 SELECT device_id, time, count(*),
@@ -78,6 +89,17 @@ class DeadLetter:
     message: str
     time: datetime | None = None
     index: str = ""
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Which device message a record of `iot_raw_data` or `iot_validated_data` is of, and the record's partition."""
+
+    device_id: str
+    request_id: str
+    partition: int = -1
+
+
+_origin = msgspec.json.Decoder(Origin)
 
 
 async def stored_groups(
@@ -173,6 +195,21 @@ async def raw_digests(places: Places, since: datetime) -> list[tuple[str, str, s
         async for record in records(places, "iot_raw_data", since)
         if (known := raw_digest(record.value)) is not None
     ]
+
+
+async def origins(places: Places, name: str, since: datetime) -> list[Origin]:
+    """Return the origin of every record that the topic `name` holds from `since` on, in order per partition.
+
+    What has none, garbage in the topic itself, is left out.
+    """
+    found = []
+    async for record in records(places, name, since):
+        try:
+            known = _origin.decode(record.value or b"")
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            continue
+        found.append(Origin(known.device_id, known.request_id, record.partition))
+    return found
 
 
 def dead_letter(record: ConsumerRecord[bytes, bytes]) -> DeadLetter:
