@@ -231,8 +231,11 @@ class Session(ConsumerRebalanceListener):
                     if part is not None:
                         part.end()
                     self.work.accounts.give_back(self.ledgers.close([tp]))
+            else:
+                wanted = offset
+            consumer.seek(tp, wanted)
+            if offset is not None and wanted != offset:
                 await self.work.letters.tell(missing, None)
-            consumer.seek(tp, offset if offset is not None and first <= offset <= last else wanted)
 
     def _pass_gaps(self, consumer: Any) -> None:
         """Pass over what has no record behind what was delivered: markers of transactions, what compaction has left."""
