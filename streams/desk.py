@@ -182,7 +182,7 @@ async def letters(settings: Settings, wanted: Filter, *, limit: int = 100, tail:
         letter.decision = decided.get(letter.id)
         if wanted.admits(letter):
             found.append(letter)
-    found.sort(key=lambda letter: letter.written, reverse=True)
+    found.sort(key=lambda letter: (letter.written, letter.partition, letter.offset), reverse=True)
     return found[:limit]
 
 
@@ -203,7 +203,7 @@ async def decide(
     rate_per_second: float | None = None,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Outcome:
-    """Replay or discard (``action``) letters; what was decided before is refused with a word."""
+    """Replay or discard (``action``) letters; what was decided before, or cannot be, is refused with a word."""
     outcome = Outcome()
     producer = AIOKafkaProducer(
         **settings.kafka_client_options(),
@@ -215,16 +215,10 @@ async def decide(
         # Read behind the fence: an older desk can decide nothing any more.
         decided = await decisions(settings)
         for letter in chosen:
-            before = decided.get(letter.id)
-            if before is not None:
-                outcome.refused.append(f"{letter.id}: {before.action} at {before.at:%Y-%m-%d %H:%M:%S}Z already")
+            record, why_not = await _judge(settings, letter, decided.get(letter.id), action)
+            if why_not:
+                outcome.refused.append(why_not)
                 continue
-            record = None
-            if action == "replayed":
-                record, why_not = await _original(settings, letter)
-                if record is None:
-                    outcome.refused.append(f"{letter.id}: {why_not}")
-                    continue
             async with producer.transaction():
                 if record is not None:
                     await producer.send_and_wait(
@@ -244,6 +238,29 @@ async def decide(
     finally:
         await producer.stop()
     return outcome
+
+
+async def foresee(settings: Settings, chosen: Iterable[Letter], action: str) -> Outcome:
+    """Return what :func:`decide` would do; nothing is written."""
+    outcome = Outcome()
+    decided = await decisions(settings)
+    for letter in chosen:
+        _, why_not = await _judge(settings, letter, decided.get(letter.id), action)
+        if why_not:
+            outcome.refused.append(why_not)
+        else:
+            outcome.done += 1
+    return outcome
+
+
+async def _judge(settings: Settings, letter: Letter, before: Decision | None, action: str) -> tuple[Any, str]:
+    """Return what goes back to its topic (None for a discard), and why nothing is done, empty where something is."""
+    if before is not None:
+        return None, f"{letter.id}: {before.action} at {before.at:%Y-%m-%d %H:%M:%S}Z already"
+    if action != "replayed":
+        return None, ""
+    record, why_not = await _original(settings, letter)
+    return record, "" if record is not None else f"{letter.id}: {why_not}"
 
 
 async def _original(settings: Settings, letter: Letter) -> tuple[tuple[bytes | None, bytes | None] | None, str]:

@@ -108,22 +108,27 @@ def _decide(action: str, ids: tuple[str, ...], everything: bool, dry_run: bool, 
     if (
         not ids
         and not everything
-        and not any(rest.get(name) for name in ("stage", "kind", "device", "exception", "since"))
+        and not any(rest.get(name) for name in ("stage", "kind", "device", "exception", "since", "until"))
     ):
         raise click.UsageError("name the letters (ids or filters), or say --all")
     rate, reason = rest.pop("rate", None), rest.pop("reason", "")
     settings = configuration.load()
-    found: list[desk.Letter] = _run(desk.letters(settings, _filter(ids, True, **rest), limit=limit))
+    # one that is named and was decided before is refused with a word, not passed over
+    wanted = _filter(ids, undecided=not ids, **rest)
+    found: list[desk.Letter] = _run(desk.letters(settings, wanted, limit=sys.maxsize))
+    missing = sorted(set(ids) - {letter.id for letter in found})
     # the oldest first: a device's messages go back in the order in which they came
     found.sort(key=lambda letter: (letter.written, letter.partition, letter.offset))
+    del found[limit:]
     if dry_run:
         _table(found)
-        click.echo(f"{len(found)} would be {action}")
-        return
-    outcome: desk.Outcome = _run(desk.decide(settings, found, action, reason=reason, rate_per_second=rate))
+        outcome: desk.Outcome = _run(desk.foresee(settings, found, action))
+    else:
+        outcome = _run(desk.decide(settings, found, action, reason=reason, rate_per_second=rate))
+    outcome.refused += [f"{name}: there is no such dead letter, or the filters leave it out" for name in missing]
     for word in outcome.refused:
         click.echo(word, err=True)
-    click.echo(f"{outcome.done} {action}, {len(outcome.refused)} refused")
+    click.echo(f"{outcome.done} {'would be ' * dry_run}{action}, {len(outcome.refused)} refused")
     sys.exit(1 if outcome.refused else 0)
 
 
@@ -133,7 +138,7 @@ def _decide(action: str, ids: tuple[str, ...], everything: bool, dry_run: bool, 
 @click.option("--all", "everything", is_flag=True, help="All that is undecided.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--rate", type=float, help="At most so many a second.")
-@click.option("--limit", default=100_000, show_default=True, help="At most so many.")
+@click.option("--limit", default=100_000, show_default=True, help="At most so many, the oldest.")
 def replay(ids: tuple[str, ...], **rest: Any) -> None:
     """Send dead letters back to the topics that they came from, each once."""
     _decide("replayed", ids, **rest)
@@ -145,7 +150,7 @@ def replay(ids: tuple[str, ...], **rest: Any) -> None:
 @click.option("--all", "everything", is_flag=True, help="All that is undecided.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--reason", default="", help="Kept with the decision.")
-@click.option("--limit", default=100_000, show_default=True, help="At most so many.")
+@click.option("--limit", default=100_000, show_default=True, help="At most so many, the oldest.")
 def discard(ids: tuple[str, ...], **rest: Any) -> None:
     """Note that dead letters need nothing more; they stay readable."""
     _decide("discarded", ids, **rest)
