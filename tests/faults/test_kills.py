@@ -175,9 +175,11 @@ def test_two_workers_one_killed_or_started_every_two_seconds(
             elif rng.random() < 0.5:
                 chosen.kill()
             else:
-                # in order: what it has drained is committed
+                # in order: what it has drained is committed; one that does not handle signals yet ends by this one
+                young = not chosen.ready()
                 chosen.signal(signal.SIGTERM)
-                assert chosen.wait_exit(LIVENESS_SECONDS) == 0, chosen.tail()
+                code = chosen.wait_exit(LIVENESS_SECONDS)
+                assert code == 0 or (young and code == -signal.SIGTERM), chosen.tail()
         for worker in workers:
             worker.start()
         settled(own, fleet)
