@@ -121,8 +121,8 @@ async def read_whole(settings: Settings, topic: str, *, tail: int | None = None)
     consumer = AIOKafkaConsumer(
         **settings.kafka_client_options(), enable_auto_commit=False, isolation_level="read_committed"
     )
-    await consumer.start()
     try:
+        await consumer.start()
         partitions = sorted(TopicPartition(topic, number) for number in (await _partitions(consumer, topic)) or ())
         if not partitions:
             return
@@ -134,7 +134,7 @@ async def read_whole(settings: Settings, topic: str, *, tail: int | None = None)
             consumer.seek(partition, start)
         left = {partition for partition in partitions if ends[partition] > first[partition]}
         while left:
-            batches = await consumer.getmany(*left, timeout_ms=500)
+            batches = await consumer.getmany(*left, timeout_ms=100)
             for records in batches.values():
                 for record in records:
                     if record.offset < ends[TopicPartition(topic, record.partition)]:
@@ -285,6 +285,11 @@ async def _original(settings: Settings, letter: Letter) -> tuple[tuple[bytes | N
         return (record.key, record.value), ""
     finally:
         await consumer.stop()
+
+
+def line(text: str) -> str:
+    """Return ``text`` on one line: what a database or a device says may have several."""
+    return " ".join(text.splitlines())
 
 
 def ago(text: str, now: datetime) -> datetime:

@@ -24,7 +24,7 @@ from aiocoap.numbers import codes
 
 from agents.edges.coap_arrivals import Answered, Arrival, Batch, Counting, Downlinks, Event, Shield, State
 from agents.edges.coap_blocks import Answers, BlockError, Requests
-from agents.edges.coap_exchanges import Exchange, Exchanges, Peer
+from agents.edges.coap_exchanges import Exchange, Exchanges, Outcome, Peer
 from agents.edges.coap_requests import (
     LINK_FORMAT,
     WELL_KNOWN,
@@ -37,7 +37,7 @@ from agents.edges.coap_requests import (
     uplink_of,
 )
 from agents.edges.coap_udp import UdpSocket
-from devices.driver import Driver
+from devices.driver import Driver, Reply
 from devices.timing import DriverAside
 from streams.resilience.bounds import end
 
@@ -240,25 +240,29 @@ class CoapServer:
             await self._wanted.wait()
             # A turn of the loop, so that a burst of datagrams is one batch.
             await asyncio.sleep(0)
-            if not self._waiting or self._batches >= PARALLEL_BATCHES:
-                self._wanted.clear()
-                continue
-            first, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-            batch = [arrival for arrival in first if arrival.state is State.WAITING]
-            if batch:
-                self._batches += 1
-                made = Batch(batch, self._finish)
-                try:
-                    await self._deliver(made)
-                except Exception:
-                    _log.exception("CoAP: a batch of %d messages could not be handed over", len(batch))
-                    made.refuse()
+            try:
+                await self._feed_once()
+            except Exception:
+                _log.exception("CoAP: a round of handing over failed; the next one follows")
+
+    async def _feed_once(self) -> None:
+        if not self._waiting or self._batches >= PARALLEL_BATCHES:
+            self._wanted.clear()
+            return
+        first, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+        batch = [arrival for arrival in first if arrival.state is State.WAITING]
+        if batch:
+            self._batches += 1
+            made = Batch(batch, self._finish)
+            try:
+                await self._deliver(made)
+            except Exception:
+                _log.exception("CoAP: a batch of %d messages could not be handed over", len(batch))
+                made.refuse()
 
     def _finish(self, arrivals: list[Arrival], taken: bool) -> None:
         self._batches -= 1
         self._wanted.set()
-        if arrivals:
-            self._count(Event.ACKNOWLEDGED if taken else Event.RETURNED, len(arrivals))
         for arrival in arrivals:
             self.pending -= 1
             self.pending_bytes -= len(arrival.payload)
@@ -266,23 +270,16 @@ class CoapServer:
             if not taken:
                 self._late.pop(arrival.same, None)
         for arrival in arrivals:
-            self._conclude(arrival, taken)
-
-    def _conclude(self, arrival: Arrival, taken: bool) -> None:
-        """Answer an arrival whose fate is known; what its answer raises is no matter of its neighbours."""
-        try:
             if not taken:
-                unavailable = self._service_unavailable("the message store has not taken it; come again")
-                self.exchanges.answer(arrival.exchange, unavailable)
+                self._unavailable(arrival, "the message store has not taken it; come again")
             elif not arrival.exchange.answered:
                 self._answer(arrival)
-        except Exception:
-            _log.exception("device %s has no answer, its message is %s", arrival.device_id, arrival.state.name)
+        if arrivals:
+            self._count(Event.ACKNOWLEDGED if taken else Event.RETURNED, len(arrivals))
 
     def _give_up(self, arrival: Arrival) -> None:
         """Answer 5.03 to an arrival that waits for too long; one that nobody claimed will be no record."""
-        unavailable = self._service_unavailable("the message store does not answer; come again")
-        self.exchanges.answer(arrival.exchange, unavailable)
+        self._unavailable(arrival, "the message store does not answer; come again")
         if arrival.state is State.WAITING:
             arrival.state = State.GONE
             self.pending -= 1
@@ -300,46 +297,71 @@ class CoapServer:
     def _service_unavailable(self, why: str) -> Message:
         return Message(code=codes.SERVICE_UNAVAILABLE, payload=why.encode(), max_age=int(self._max_age_seconds))
 
+    def _unavailable(self, arrival: Arrival, why: str) -> None:
+        self._attempt(arrival, lambda: self.exchanges.answer(arrival.exchange, self._service_unavailable(why)))
+
     def _answer(self, arrival: Arrival) -> None:
-        self._reply(arrival.exchange, arrival.request, arrival.found, arrival.device_id, arrival.payload)
+        exchange, request, payload = arrival.exchange, arrival.request, arrival.payload
+        self._attempt(arrival, lambda: self._reply(exchange, request, arrival.found, arrival.device_id, payload))
+
+    def _attempt(self, arrival: Arrival, answer: Callable[[], None]) -> None:
+        """Call ``answer``; what it raises is no matter of the arrival's neighbours, and its device gets 5.00.
+
+        That is not protected, since protecting is what fails (a full disk, for OSCORE), and nothing is in it.
+        """
+        exchange = arrival.exchange
+        try:
+            answer()
+        except Exception:
+            _log.exception("no answer for device %s, its message is %s", arrival.device_id, arrival.state.name)
+            exchange.answered, exchange.protect = False, None
+            try:
+                self.exchanges.answer(exchange, Message(code=codes.INTERNAL_SERVER_ERROR))
+            except Exception:
+                _log.exception("no way to answer device %s at %s", arrival.device_id, exchange.peer.where)
 
     def _reply(self, exchange: Exchange, request: Message, found: Found, device_id: str, body: bytes) -> None:
-        outcome = None
-        try:
-            pending = self.downlinks.pending_for(device_id) if self.downlinks is not None and device_id else None
-            driver = self.judge.registry.driver(found.candidate.profile)
-            if type(driver).reply is Driver.reply and request.opt.block1 is None:
-                self.exchanges.answer_bare(exchange, codes.CHANGED)
-                return
-            now = datetime.now(UTC)
-            uplink = uplink_of(found.route, body, device_id=device_id, at=now)
-            waits = None if pending is None else pending[0]
-            reply = self.judge.times.call(driver.name, driver.reply, uplink, now, waits)
-            if pending is not None and reply is not None and reply.carries is not None:
-                outcome = self._outcome(pending[1])
-                if self.downlinks is not None:
-                    self.downlinks.sent(pending[1])
-        except DriverAside:
-            reply = None
-        except Exception:
-            # The message is safe, so the device is told so, if without what it would like to know.
-            _log.exception("no reply for device %s on /%s", device_id, found.route)
-            reply = None
-        answer = Message(code=codes.CHANGED)
-        if reply is not None:
-            key = (exchange.peer.where, exchange.peer.device_id, found.method, found.route)
-            try:
-                said = Message(code=code_of(reply.code), payload=bytes(reply.data))
-                if reply.data and reply.content_format is not None:
-                    said.opt.content_format = reply.content_format
-                answer = self._answers.first(key, request, said)
-            except Exception:
-                _log.exception("driver %s has made no reply for device %s: %r", driver.name, device_id, reply)
+        answer, outcome = self._made(exchange, request, found, device_id, body)
+        if answer is None and request.opt.block1 is None:
+            self.exchanges.answer_bare(exchange, codes.CHANGED)
+            return
+        answer = answer or Message(code=codes.CHANGED)
         if request.opt.block1 is not None:
             answer.opt.block1 = request.opt.block1
         self.exchanges.answer(exchange, answer, outcome)
 
-    def _outcome(self, token: Any) -> Callable[[bool], None]:
+    def _made(
+        self, exchange: Exchange, request: Message, found: Found, device_id: str, body: bytes
+    ) -> tuple[Message | None, Outcome | None]:
+        """Return what the driver answers, None where that is nothing or fails, and who hears of its delivery."""
+        reply: Reply | None = None
+        try:
+            pending = self.downlinks.pending_for(device_id) if self.downlinks is not None and device_id else None
+            driver = self.judge.registry.driver(found.candidate.profile)
+            if type(driver).reply is Driver.reply:
+                return None, None
+            now = datetime.now(UTC)
+            uplink = uplink_of(found.route, body, device_id=device_id, at=now)
+            waits = None if pending is None else pending[0]
+            reply = self.judge.times.call(driver.name, driver.reply, uplink, now, waits)
+            if reply is None:
+                return None, None
+            key = (exchange.peer.where, exchange.peer.device_id, found.method, found.route)
+            answer = self._answers.first(key, request, said(reply))
+            if pending is None or reply.carries is None:
+                return answer, None
+            # Not before: the acknowledgement of an answer without the command would pass for its delivery.
+            if self.downlinks is not None:
+                self.downlinks.sent(pending[1])
+            return answer, self._outcome(pending[1])
+        except DriverAside:
+            pass
+        except Exception:
+            # The message is safe, so the device is told so, if without what it would like to know.
+            _log.exception("no reply for device %s on /%s; its driver's is %r", device_id, found.route, reply)
+        return None, None
+
+    def _outcome(self, token: Any) -> Outcome:
         def heard(delivered: bool) -> None:
             if delivered and self.downlinks is not None:
                 self.downlinks.delivered(token)
@@ -360,3 +382,14 @@ class CoapServer:
             if arrival.open:
                 self._give_up(arrival)
         self.exchanges.tick()
+
+
+def said(reply: Reply) -> Message:
+    """Return a driver's reply as a message; raises ValueError, TypeError or OverflowError for what CoAP cannot say."""
+    message = Message(code=code_of(reply.code), payload=bytes(reply.data))
+    if not message.code.is_response():
+        raise ValueError(f"a reply has a code from 2.00 to 5.31, not {reply.code}")
+    if reply.data and reply.content_format is not None:
+        message.opt.content_format = reply.content_format
+        message.opt.encode()
+    return message

@@ -70,7 +70,7 @@ def _table(found: list[desk.Letter]) -> None:
         click.echo(
             f"{letter.id:>12}  {letter.written:%Y-%m-%d %H:%M:%S}Z  "
             f"{letter.told('stage'):<11} {letter.told('class'):<9} "
-            f"{letter.device:<20.20} {letter.told('message'):.90}{decided}"
+            f"{desk.line(letter.device):<20.20} {desk.line(letter.told('message')):.90}{decided}"
         )
 
 

@@ -235,6 +235,98 @@ async def test_what_cannot_be_handed_over_is_503_and_ends_nothing(client: aiocoa
         assert here.server.pending == 0
 
 
+UNSAYABLE = {
+    "code of a request": Reply(code="0.02"),
+    "code beyond a byte": Reply(code="9.99"),
+    "negative content format": Reply(code="2.05", data=b"x", content_format=-1),
+    "text": Reply(code="2.05", data="text"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("made", UNSAYABLE.values(), ids=UNSAYABLE.keys())
+async def test_a_reply_that_coap_cannot_say_is_204_and_logged(
+    client: aiocoap.Context, made: Reply, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device hears that its message is safe, without payload; the log names it and what its driver made."""
+    monkeypatch.setattr(PlainJsonDriver, "reply", lambda *_: made)
+    async with site() as here:
+        answer = await ask(client, here, "telemetry/d1", JSON)
+        assert (answer.code, answer.payload) == (codes.CHANGED, b"")
+        assert here.server.pending == 0
+    assert "d1" in caplog.text
+    assert made.code in caplog.text
+
+
+async def test_a_command_in_a_reply_that_coap_cannot_say_is_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command was not in the answer, so that nothing counts as its delivery: it still waits."""
+    monkeypatch.setattr(PlainJsonDriver, "reply", lambda *_: Reply(code="9.99", data=b"on", carries=b"on"))
+    waiting = Waiting(device=b"on")
+    async with site(downlinks=waiting) as here, raw(here.server.address) as device:
+        device.send(request("telemetry/d1", JSON))
+        answer = await device.next()
+        assert (answer.mtype, answer.code) == (ACK, codes.CHANGED)
+        assert (waiting.handed_out, waiting.acknowledged) == ([], [])
+
+
+async def test_an_answer_that_cannot_be_protected_is_500_and_costs_its_neighbours_nothing() -> None:
+    """A full disk under OSCORE's numbers: 5.00 in plain for that device, 2.04 for the others of its batch."""
+
+    def full(_answer: Message) -> Message:
+        raise OSError("no space left on device")
+
+    async with site() as here, raw(here.server.address) as device:
+        here.kafka.working = False
+        for mid in range(PARALLEL_BATCHES):
+            device.send(request("telemetry/d1", b'{"n":%d}' % mid, mid=mid))
+            await until(lambda mid=mid: len(here.kafka.held) > mid)
+        for mid in range(10, 13):
+            device.send(request("telemetry/d1", b'{"n":%d}' % mid, mid=mid))
+        await until(lambda: here.server.pending == PARALLEL_BATCHES + 3)
+        here.server._waiting[1].exchange.protect = full
+        here.kafka.acknowledge()
+        await until(lambda: here.kafka.held)
+        here.kafka.acknowledge()
+        answers = {answer.mid: answer.code for answer in [await device.next() for _ in range(PARALLEL_BATCHES + 3)]}
+        assert answers == {
+            **dict.fromkeys([*range(PARALLEL_BATCHES), 10, 12], codes.CHANGED),
+            11: codes.INTERNAL_SERVER_ERROR,
+        }
+        assert here.server.pending == here.server.pending_bytes == 0
+
+
+async def test_a_round_that_fails_ends_no_task(client: aiocoap.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in handing over or at the clock is logged; the next message is taken, a late one still gets 5.03."""
+    async with site(answer_seconds=0.3) as here:
+        count, tick, failures = here.server._count, here.server.exchanges.tick, iter([LookupError("once")])
+
+        def fail_once(*_: Any) -> None:
+            for failure in failures:
+                raise failure
+
+        async def no_way(_batch: Any) -> None:
+            raise LookupError("no way")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(here.server, "_deliver", no_way)
+            broken.setattr(here.server, "_count", lambda event, _: fail_once() if event is Event.RETURNED else None)
+            assert (await ask(client, here, "telemetry/d1", JSON)).code == codes.SERVICE_UNAVAILABLE
+            await until(lambda: here.server.pending == 0)
+        assert here.server._count is count
+        failures = iter([LookupError("twice")])
+
+        def fail_then_tick() -> None:
+            fail_once()
+            tick()
+
+        monkeypatch.setattr(here.server.exchanges, "tick", fail_then_tick)
+        assert (await ask(client, here, "telemetry/d2", JSON)).code == codes.CHANGED
+        here.kafka.claiming = False
+        assert (await ask(client, here, "telemetry/d3", JSON)).code == codes.SERVICE_UNAVAILABLE
+        assert next(failures, None) is None
+        assert here.server.serving
+        assert here.server.pending == here.server.pending_bytes == 0
+
+
 async def test_con_beyond_the_bound_get_503() -> None:
     """With all hands full a confirmable request is refused at once, and is not remembered."""
     async with site(max_pending=1) as here, raw(here.server.address) as device:
